@@ -1,0 +1,50 @@
+"""CogVideoX: 2B (sincos positions), 5B (rotary) and the miniature; text tokens first, one joint attention per block, no mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from probe.layout import Grid, TokenLayout
+from probe.models.family import Family
+from probe.site import Branch
+
+
+def _layout(model: nn.Module, inputs: dict[str, Any]) -> TokenLayout:
+    """From the forward's own tensors: latents [B, F, C, H, W] and text [B, T, E]."""
+    _, frames, _, height, width = inputs["hidden_states"].shape
+    config: Any = model.config
+    patch, patch_t = config.patch_size, config.patch_size_t or 1
+    grid = Grid(-(-frames // patch_t), height // patch, width // patch)
+    return TokenLayout("text-video", inputs["encoder_hidden_states"].shape[1], grid)
+
+
+def _text_length(model: nn.Module) -> int:
+    config: Any = model.config
+    return config.max_text_seq_length
+
+
+def _branches(batch: int, prompts: int | None, pipe: Any) -> tuple[Branch, ...]:
+    """A stock call batches [unconditional.., conditional..], or the conditional half alone when guidance is off."""
+    halves = (False, True) if (batch == 2 * prompts if prompts else pipe.guidance_scale > 1) else (True,)
+    each = batch // len(halves)
+    return tuple(Branch(prompt=i % (prompts or each), guided=guided) for guided in halves for i in range(each))
+
+
+def _call_defaults(pipe: Any) -> dict[str, Any]:
+    """diffusers assumes 226 text tokens whatever the model."""
+    return {"max_sequence_length": _text_length(pipe.transformer)}
+
+
+COGVIDEOX = Family(
+    name="cogvideox",
+    transformer="CogVideoXTransformer3DModel",
+    pipelines=("CogVideoXPipeline",),
+    blocks="transformer_blocks",
+    attention="attn1",
+    layout=_layout,
+    text_length=_text_length,
+    branches=_branches,
+    call_defaults=_call_defaults,
+)

@@ -1,0 +1,133 @@
+"""Handlers, and the plan that matches them to attention calls: once, before anything runs.
+
+The plan knows stages, tensors and places; it does not know operators.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+from probe.call import AttentionCall
+from probe.errors import PlanError
+from probe.layout import TokenLayout
+from probe.site import Site, Where, chosen
+from probe.word import Prompt
+
+
+class Stage(IntEnum):
+    """When in a call a handler is served. The attention itself runs between EDIT and USED."""
+
+    BEFORE = 1  # readouts of the model's own tensors
+    EDIT = 2  # Rotate, Transfer, Extend, Scale, Bias
+    USED = 3  # readouts of the attention that the model really uses
+    MERGE = 4  # changes of the output
+
+
+class Handler(ABC):
+    """Something served at attention calls: a readout (touches nothing) or an intervention.
+
+    `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same rank on the
+    same tensor, rows and heads of one call clash.
+    """
+
+    where: Where
+    stage: Stage
+    touches: frozenset[str] = frozenset()
+    rank: int = 0
+    needs_lse: bool = False
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:  # noqa: B027 (optional)
+        """Called once when a run starts. Forget the last run; refuse what cannot work."""
+
+    @abstractmethod
+    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
+        """Read or rewrite `call` for its batch entries `rows` (never empty)."""
+
+    def cost(self, layout: TokenLayout) -> float:
+        """Predicted extra work per matched call, as a share of the plain attention of the rows concerned."""
+        return 0.0
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+class Plan:
+    """Handlers bound to a model of `layers` layers and a run of `steps` steps.
+
+    Raises:
+        PlanError: an edit selects no call at all, or two edits clash; both are named.
+    """
+
+    def __init__(self, handlers: Iterable[Handler], steps: int, layers: int, prompts: Sequence[Prompt] = ()) -> None:
+        self.handlers = tuple(sorted(handlers, key=lambda h: (h.stage, h.rank)))
+        self.steps, self.layers = steps, layers
+        self._served: Counter[int] = Counter()
+        self._cache: dict[Site, tuple[Handler, ...]] = {}
+        for handler in self.handlers:
+            handler.begin(prompts, steps, layers)
+            if not (chosen(handler.where.steps, steps) and chosen(handler.where.layers, layers)):
+                raise PlanError(
+                    f"A handler must select at least one attention call. Got {handler}, which selects none of {steps} steps "
+                    f"and {layers} layers. Widen its where."
+                )
+        self._refuse_clashes()
+
+    def at(self, site: Site) -> tuple[Handler, ...]:
+        """The handlers of a call in the order they are served."""
+        if site not in self._cache:
+            self._cache[site] = tuple(h for h in self.handlers if h.where.at(site, self.steps, self.layers))
+        return self._cache[site]
+
+    def served(self, handler: Handler) -> None:
+        """Count that a handler met a call."""
+        self._served[id(handler)] += 1
+
+    def refuse_unmet(self) -> None:
+        """After a run: raise if a handler met no call, so that nothing is a silent no-op."""
+        for handler in self.handlers:
+            if not self._served[id(handler)]:
+                raise PlanError(
+                    f"A handler must meet at least one attention call. Got {handler}, which met none in this run. "
+                    "Check its steps, layers and branches."
+                )
+
+    def explain(self, step: int, layer: int) -> str:
+        """What happens at a call, one line per handler, in order."""
+        handlers = self.at(Site(step, 0, layer))
+        before = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage <= Stage.EDIT]
+        after = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage > Stage.EDIT]
+        return "\n".join([f"step {step} layer {layer}:", *before, "  attention", *after])
+
+    def cost(self, layout: TokenLayout) -> float:
+        """Predicted extra attention work of the whole run, as a share of its plain attention."""
+        work = 0.0
+        for handler in self.handlers:
+            calls = len(chosen(handler.where.steps, self.steps)) * len(chosen(handler.where.layers, self.layers))
+            work += handler.cost(layout) * calls
+        return work / (self.steps * self.layers)
+
+    def _refuse_clashes(self) -> None:
+        edits = [h for h in self.handlers if h.touches]
+        for i, one in enumerate(edits):
+            for other in edits[i + 1 :]:
+                if self._clash(one, other):
+                    raise PlanError(
+                        f"Two edits must not change the same tensor at the same place. Got {one} and {other}. "
+                        "Separate their steps, layers, heads or branches."
+                    )
+
+    def _clash(self, one: Handler, other: Handler) -> bool:
+        if (one.stage, one.rank) != (other.stage, other.rank) or not one.touches & other.touches:
+            return False
+        a, b = one.where, other.where
+        if a.branches is not None and b.branches is not None and a.branches != b.branches:
+            return False  # told apart, or refused when a call shows that they overlap
+        shared = [
+            set(chosen(x, n)) & set(chosen(y, n))
+            for x, y, n in ((a.steps, b.steps, self.steps), (a.layers, b.layers, self.layers))
+        ]
+        heads = a.heads is None or b.heads is None or bool(set(chosen(a.heads, 4096)) & set(chosen(b.heads, 4096)))
+        return all(shared) and heads

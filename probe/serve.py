@@ -1,0 +1,50 @@
+"""The one place that knows the order inside an attention call:
+
+1. readouts of the model's own tensors, 2. edits, 3. the attention, 4. readouts of the attention used, 5. merges.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from probe.call import AttentionCall
+from probe.errors import PlanError
+from probe.plan import Handler, Plan, Stage
+
+
+def before_attention(call: AttentionCall, plan: Plan) -> None:
+    """Stages 1 and 2. Sets `call.out` if the attention is already computed: the model's own kernel is then skipped."""
+    handlers = plan.at(call.site)
+    _serve(call, plan, [h for h in handlers if h.stage == Stage.BEFORE])
+    edits = [h for h in handlers if h.stage == Stage.EDIT]
+    _refuse_overlap(call, edits)
+    _serve(call, plan, edits)
+    if any(h.needs_lse and h.stage == Stage.USED for h in handlers) and call.out is None:
+        call.run_with_lse()
+
+
+def after_attention(call: AttentionCall, plan: Plan, out: Tensor) -> Tensor:
+    """Stages 4 and 5; returns what the model goes on with, `out` itself if nothing merged."""
+    call.out = out
+    _serve(call, plan, [h for h in plan.at(call.site) if h.stage >= Stage.USED])
+    return call.out
+
+
+def _serve(call: AttentionCall, plan: Plan, handlers: list[Handler]) -> None:
+    for handler in handlers:
+        rows = handler.where.rows(call.branches)
+        if rows:
+            handler.serve(call, rows)
+            plan.served(handler)
+
+
+def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
+    for i, one in enumerate(edits):
+        for other in edits[i + 1 :]:
+            same = one.rank == other.rank and one.touches & other.touches
+            heads = set(one.where.head_list(call.q.shape[1])) & set(other.where.head_list(call.q.shape[1]))
+            if same and heads and set(one.where.rows(call.branches)) & set(other.where.rows(call.branches)):
+                raise PlanError(
+                    f"Two edits must not change the same tensor at the same place. Got {one} and {other} at {call.site}. "
+                    "Separate their branches."
+                )

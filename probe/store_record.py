@@ -1,0 +1,98 @@
+"""What one step of one segment left behind, before it is written: a record whose shapes are checked once.
+
+Letters: L recorded layers, H heads, W words, F token frames, Y rows and X columns of patches, N tokens, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from probe.errors import StoreError
+
+ROLES = ("plain", "source", "target")
+DIRECTIONS = ("vt", "tv")
+TOKEN_FIELDS = ("text", "id", "word", "is_pad")
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentRecord:
+    """What was recorded of one segment and role in one denoising step.
+
+    Attributes:
+        segment: number of the window of the long latent; a plain run has one, 0.
+        role: plain, source or target.
+        attrs: plain data, for example start frame, grid, prompt, weight of the next prompt, guided.
+        tokens: arrays [N] of the branch's text: `text` (str), `id` (int), `word` (int), `is_pad` (bool).
+        words: the recorded words, in the order of the W axis.
+        layers: the recorded layers, in the order of the L axis.
+        mass: float [L, H, 3, 4], rows (text, padding, video) x columns (text, padding, video same frame, video other
+            frames), as probabilities; or None.
+        maps: lift (1.0 = uniform) float [L, H, W, F, Y, X] by direction, `vt` or `tv`; H is 1 where `heads` is "mean".
+        heads: whether the maps hold each head, or the mean over heads.
+        word_frames: float [L, H, W, F], what the video rows of each frame give to each word; or None.
+        frames: float [L, H, F, C], frame by frame attention, C = F or F + 1 with the text last; or None.
+        qk: query and key, float [H, N, D] each, by layer; stored as float16, after normalisation and rotation.
+
+    Raises:
+        StoreError: a name is not known, or a shape does not fit the others.
+    """
+
+    segment: int
+    role: str
+    attrs: Mapping[str, Any]
+    tokens: Mapping[str, Any]
+    words: tuple[str, ...]
+    layers: tuple[int, ...]
+    mass: np.ndarray | None = None
+    maps: Mapping[str, np.ndarray] = field(default_factory=dict)
+    heads: Literal["each", "mean"] = "each"
+    word_frames: np.ndarray | None = None
+    frames: np.ndarray | None = None
+    qk: Mapping[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_name("segment role", self.role, ROLES)
+        _check_name("heads", self.heads, ("each", "mean"))
+        _check_tokens(self.tokens)
+        count, words = len(self.layers), len(self.words)
+        if len(set(self.layers)) != count or len(set(self.words)) != words:
+            raise StoreError(
+                f"layers and words must each be named once. Got {self.layers} and {self.words}. Drop the repeats."
+            )
+        for name, array in self.maps.items():
+            _check_name("map direction", name, DIRECTIONS)
+            _check_shape(f"maps {name}", array, (count, 1 if self.heads == "mean" else None, words, None, None, None))
+        _check_shape("mass", self.mass, (count, None, 3, 4))
+        _check_shape("word_frames", self.word_frames, (count, None, words, None))
+        _check_shape("frames", self.frames, (count, None, None, None))
+        for layer, (query, key) in self.qk.items():
+            _check_shape(f"query of layer {layer}", query, (None, None, None))
+            _check_shape(f"key of layer {layer}", key, (None, None, None))
+
+
+def _check_name(thing: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise StoreError(f"{thing} must be one of {', '.join(known)}. Got {value!r}. Use one of these.")
+
+
+def _check_shape(thing: str, array: np.ndarray | None, rule: tuple[int | None, ...]) -> None:
+    if array is None:
+        return
+    shape = np.shape(array)
+    if len(shape) != len(rule) or any(want not in (None, got) for want, got in zip(rule, shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in rule)
+        raise StoreError(f"{thing} must have the shape [{wanted}]. Got {list(shape)}. Check the layers and words named.")
+
+
+def _check_tokens(tokens: Mapping[str, Any]) -> None:
+    if sorted(tokens) != sorted(TOKEN_FIELDS):
+        raise StoreError(
+            f"tokens must hold {', '.join(TOKEN_FIELDS)}. Got {', '.join(tokens) or 'nothing'}. Fill in all four."
+        )
+    lengths = {name: np.shape(values) for name, values in tokens.items()}
+    if len(set(lengths.values())) != 1 or any(len(shape) != 1 for shape in lengths.values()):
+        raise StoreError(f"token arrays must have one length. Got {lengths}. Give one entry per token.")

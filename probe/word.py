@@ -1,0 +1,106 @@
+"""From words of a prompt to token positions, by the tokenizer. Nobody counts tokens by hand.
+
+Names: a *word* is in the prompt, a *token* (or piece) in the sequence. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probe.errors import UsageError, WordError
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_NTH = re.compile(r"^(?P<phrase>.+?)#(?P<nth>[1-9]\d*)$")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model's text encoder sees it: `len(ids)` tokens, right-padded.
+
+    `spans[i]` are the characters token i covers, half-open; special tokens and padding cover none.
+    """
+
+    text: str
+    pieces: tuple[str, ...]
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    padding: tuple[bool, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of the prompt in order, repetitions included."""
+        return tuple(match.group() for match in _WORD.finditer(self.text))
+
+    def word_of_token(self) -> tuple[int, ...]:
+        """For each token the index of its word in `words`, or -1."""
+        bounds = [match.span() for match in _WORD.finditer(self.text)]
+        return tuple(
+            next((i for i, word in enumerate(bounds) if _overlap(span, word)), -1) for span in self.spans
+        )
+
+    def tokens_of(self, phrase: str) -> tuple[int, ...]:
+        """Token positions of a word or of consecutive words, wherever they stand in the prompt.
+
+        "circle" is every circle, "circle#2" the second one, "red circle" the phrase. Case does not matter.
+
+        Raises:
+            WordError: the phrase is not in the prompt, or was cut off by the token limit; lists the words.
+        """
+        nth = _NTH.match(phrase.strip())
+        wanted = nth["phrase"] if nth else phrase.strip()
+        pattern = r"\s+".join(re.escape(part) for part in wanted.split())
+        found = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", self.text, re.IGNORECASE)] if pattern else []
+        if nth:
+            found = found[int(nth["nth"]) - 1 : int(nth["nth"])]
+        tokens = tuple(i for i, span in enumerate(self.spans) if any(_overlap(span, place) for place in found))
+        if not found:
+            raise WordError(
+                f"A word must be in its prompt. Got {phrase!r} for {self.text!r}. Its words are: {', '.join(self.words)}."
+            )
+        if not tokens:
+            raise WordError(
+                f"A word must lie within the first {len(self.ids)} tokens. Got {phrase!r}, which the model cuts off. "
+                "Shorten the prompt."
+            )
+        return tokens
+
+    def has(self, phrase: str) -> bool:
+        """Whether `tokens_of(phrase)` would find something."""
+        try:
+            return bool(self.tokens_of(phrase))
+        except WordError:
+            return False
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Prompt, ...]:
+    """The prompts as `tokenizer` cuts them, padded or truncated to `length` tokens.
+
+    Raises:
+        UsageError: a prompt is empty, or the tokenizer cannot tell which characters a token covers.
+    """
+    return tuple(_prompt(tokenizer, text, length) for text in texts)
+
+
+def _prompt(tokenizer: Any, text: str, length: int) -> Prompt:
+    if not text.strip():
+        raise UsageError("A prompt must have at least one word. Got an empty one. Describe the video in a few words.")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UsageError(
+            f"Words need a fast tokenizer (one that maps tokens to characters). Got {type(tokenizer).__name__}. "
+            "Load the pipeline with its fast tokenizer."
+        )
+    coded = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
+    return Prompt(
+        text=text,
+        pieces=tuple(tokenizer.convert_ids_to_tokens(coded["input_ids"])),
+        ids=tuple(coded["input_ids"]),
+        spans=tuple((int(a), int(b)) for a, b in coded["offset_mapping"]),
+        padding=tuple(not seen for seen in coded["attention_mask"]),
+    )
