@@ -70,7 +70,9 @@ def read_info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(f"run folder must hold {INFO}. Got {folder} without one. Name the folder of one run.") from None
+        raise StoreError(
+            f"run folder must hold {INFO}. Got {folder} without one. Name the folder of one run."
+        ) from None
     except ValueError:
         raise StoreError(f"{INFO} must be whole JSON. Got a damaged {path}. Restore it or run again.") from None
     except OSError as error:
@@ -116,8 +118,8 @@ def save_file(path: Path, data: bytes | memoryview) -> None:
         replace_file(path, data)
     except OSError as error:
         raise StoreError(
-            f"{path.name} must be written whole. Got '{error.strerror or error}' for {_size(len(data))} in {path.parent}"
-            f" ({_free(path.parent)} free). Make room or choose another folder; everything finished before is intact."
+            f"{path.name} must be written whole. Got '{error.strerror or error}' for {_size(len(data))} "
+            f"in {path.parent} ({_free(path.parent)} free). Make room; everything finished before is intact."
         ) from error
 
 
@@ -137,7 +139,9 @@ def lock(folder: Path) -> None:
         with path.open("x", encoding="utf-8") as file:
             json.dump({"pid": os.getpid(), "born": _born(os.getpid())}, file)
     except FileExistsError:
-        raise StoreError(f"run folder must have one writer. Got {folder}, just taken by another. Wait for it.") from None
+        raise StoreError(
+            f"run folder must have one writer. Got {folder}, just taken by another. Wait for it."
+        ) from None
     except OSError as error:
         raise StoreError(f"run folder must be writable. Got '{error.strerror}' for {path}. Choose another.") from None
 

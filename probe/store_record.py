@@ -85,7 +85,9 @@ def _check_shape(thing: str, array: np.ndarray | None, rule: tuple[int | None, .
     shape = np.shape(array)
     if len(shape) != len(rule) or any(want not in (None, got) for want, got in zip(rule, shape, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in rule)
-        raise StoreError(f"{thing} must have the shape [{wanted}]. Got {list(shape)}. Check the layers and words named.")
+        raise StoreError(
+            f"{thing} must have the shape [{wanted}]. Got {list(shape)}. Check the layers and words named."
+        )
 
 
 def _check_tokens(tokens: Mapping[str, Any]) -> None:

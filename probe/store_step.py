@@ -1,8 +1,9 @@
-"""One step file (HDF5): how it is laid out, packed into bytes, and read back.
+"""One step file (HDF5): how it is laid out and packed into bytes.
 
     attrs                   format, schema, step, and what the writer adds (timestep, sigma, model, dtype, backend)
     resume/                 what a resumed run needs, exact types
-    segments/<k>/<role>/    attrs; layers; words; tokens/*; mass; frames; word_frames; maps/{vt,tv}{,_lo,_hi}; qk/layer_15/*
+    segments/<k>/<role>/    attrs; layers; words; tokens/*; mass; frames; word_frames; maps/{vt,tv}{,_lo,_hi};
+                            qk/layer_15/{q,k}
 
 A file opens with plain h5py or any HDF5 viewer: gzip and shuffle only, no plugins. Attributes are numbers and text; any
 other value is JSON text that begins with `json:`.
@@ -25,7 +26,7 @@ from probe.store_record import SegmentRecord
 STEP_FORMAT = "mmdit-lab step"
 
 _GZIP = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-_JSON = "json:"
+JSON_MARK = "json:"
 _DIMS = {
     "mass": ("layer", "head", "rows", "columns"),
     "frames": ("layer", "head", "frame", "looked_at_frame"),
@@ -115,31 +116,13 @@ def put_attrs(target: h5py.Group | h5py.Dataset, attrs: Mapping[str, Any]) -> No
     for name, value in attrs.items():
         value = value.item() if isinstance(value, np.generic) else value
         plain = isinstance(value, (bool, float)) or (isinstance(value, int) and -(2**63) <= value < 2**63)
-        plain = plain or (isinstance(value, str) and not value.startswith(_JSON) and "\0" not in value)
+        plain = plain or (isinstance(value, str) and not value.startswith(JSON_MARK) and "\0" not in value)
         try:
-            target.attrs[name] = value if plain else _JSON + json.dumps(value, default=folder.plain_value)
+            target.attrs[name] = value if plain else JSON_MARK + json.dumps(value, default=folder.plain_value)
         except (TypeError, ValueError) as error:
-            raise StoreError(f"attribute {name} must be plain data. Got {error}. Pass numbers, text or lists.") from None
-
-
-def read_attrs(target: h5py.Group | h5py.Dataset) -> dict[str, Any]:
-    """Return the attributes that `put_attrs` wrote, as Python values; tuples come back as lists."""
-    return {name: _plain(value) for name, value in target.attrs.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_JSON):
-        return json.loads(value.removeprefix(_JSON))
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def read_resume(group: h5py.Group) -> dict[str, Any]:
-    """Return what `pack_step` was given as `resume`: arrays and bytes exact, other values as Python values."""
-    found = read_attrs(group)
-    for name, data in group.items():
-        array = data[()]
-        found[name] = array.tobytes() if data.attrs.get("kind") == "bytes" else np.asarray(array)
-    return found
+            raise StoreError(
+                f"attribute {name} must be plain data. Got {error}. Pass numbers, text or lists."
+            ) from None
 
 
 def _put_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:

@@ -11,8 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from probe import folder as layout
 from probe.errors import MmditError, StoreError
+from probe.folder import (
+    FORMAT,
+    RECIPE,
+    SCHEMA,
+    STEPS,
+    live_writer,
+    lock,
+    read_info,
+    save_file,
+    step_path,
+    unlock,
+    write_info,
+)
 from probe.store_record import SegmentRecord
 from probe.store_step import pack_step
 
@@ -33,7 +45,9 @@ class RunWriter:
         self._open = True
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], info: Mapping[str, Any], recipe: str, force: bool = False) -> RunWriter:
+    def create(
+        cls, folder: str | os.PathLike[str], info: Mapping[str, Any], recipe: str, force: bool = False
+    ) -> RunWriter:
         """Start a run in a new or empty folder.
 
         Args:
@@ -48,12 +62,12 @@ class RunWriter:
         path = Path(folder)
         _check_names(info)
         _make_room(path, force)
-        layout.lock(path)
-        started = {"format": layout.FORMAT, "schema": layout.SCHEMA, "status": "running", "started": _now()}
+        lock(path)
+        started = {"format": FORMAT, "schema": SCHEMA, "status": "running", "started": _now()}
         try:
-            (path / layout.STEPS).mkdir(exist_ok=True)
-            layout.save_file(path / layout.RECIPE, recipe.encode())
-            layout.write_info(path, {**started, **info})
+            (path / STEPS).mkdir(exist_ok=True)
+            save_file(path / RECIPE, recipe.encode())
+            write_info(path, {**started, **info})
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)  # it was new or empty, and half a run blocks the next try
             raise
@@ -67,13 +81,15 @@ class RunWriter:
             StoreError: not a run folder, or another process is writing there.
         """
         path = Path(folder)
-        info = layout.read_info(path)
-        layout.lock(path)
-        info = {name: value for name, value in info.items() if name not in ("finished", "error")} | {"status": "running"}
+        info = read_info(path)
+        lock(path)
+        info = {name: value for name, value in info.items() if name not in ("finished", "error")} | {
+            "status": "running"
+        }
         try:
-            layout.write_info(path, info)
+            write_info(path, info)
         except BaseException:
-            layout.unlock(path)
+            unlock(path)
             raise
         return cls(path, info)
 
@@ -99,7 +115,7 @@ class RunWriter:
             raise StoreError(f"step {step} must come before the end of the run. Got it after. Start another run.")
         if step < 0:
             raise StoreError(f"step must be 0 or more. Got {step}. Count denoising steps from pure noise.")
-        layout.save_file(layout.step_path(self.folder, step), pack_step(step, attrs, segments, resume))
+        save_file(step_path(self.folder, step), pack_step(step, attrs, segments, resume))
 
     def finish(self, status: Status, error: str | None = None, **extra: Any) -> None:
         """End the run: status, time and `extra` go into run.json in one piece, and the lock goes away.
@@ -115,9 +131,9 @@ class RunWriter:
             self._info["error"] = error
         self._open = False
         try:
-            layout.write_info(self.folder, self._info)
+            write_info(self.folder, self._info)
         finally:
-            layout.unlock(self.folder)
+            unlock(self.folder)
 
     def __enter__(self) -> RunWriter:
         return self
@@ -151,9 +167,12 @@ def _now() -> str:
 
 def _make_room(path: Path, force: bool) -> None:
     """Make `path` an empty folder, or say why not."""
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"run folder must be a folder. Got the file {path}. Choose another path.")
     try:
+        for place in (path, *path.parents):
+            if place.is_file():
+                raise StoreError(
+                    f"run folder must be a folder in a folder. Got {path}, where {place} is a file. Choose another."
+                )
         held = len(list(path.iterdir())) if path.exists() else 0
         if held and not force:
             raise StoreError(
@@ -165,18 +184,19 @@ def _make_room(path: Path, force: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"run folder must be writable. Got '{error.strerror}' for {error.filename or path}. Choose another path."
+            f"run folder must be writable. Got '{error.strerror or error}' for {error.filename or path}. "
+            "Choose another path."
         ) from None
 
 
 def _remove_run(path: Path) -> None:
     """Delete an earlier run of this project, and nothing else."""
     try:
-        layout.read_info(path)
+        read_info(path)
     except StoreError as error:
         raise StoreError(
             f"--force must replace an earlier run. Got {path}, which is none ({error}) Nothing was deleted."
         ) from None
-    if (pid := layout.live_writer(path)) is not None:
+    if (pid := live_writer(path)) is not None:
         raise StoreError(f"--force must not replace a run in progress. Got {path}, written by process {pid}. Stop it.")
     shutil.rmtree(path)

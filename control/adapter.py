@@ -1,0 +1,139 @@
+"""What the denoising loop needs of a pipeline: encode, forward, advance, decode. CogVideoX so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probe.errors import ModelError, UsageError
+
+SamplerName = Literal["model", "ddim", "dpm"]
+SEED_LIMIT = 2**63
+
+
+class Loop:
+    """The parts of a CogVideoX pipeline around its transformer, for a loop of our own.
+
+    `sampler`: "model" keeps the pipeline's scheduler, "ddim" and "dpm" (SDE-DPM-Solver++ 2M) build CogVideoX's own from its configuration.
+    Latents are [B, F, C, H, W] in latent frames and latent pixels.
+
+    Raises:
+        UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a seed out of range.
+        ModelError: a pipeline without a loop adapter.
+    """
+
+    def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
+        if type(pipe).__name__ != "CogVideoXPipeline":
+            raise ModelError(
+                f"A recipe with a loop of its own must run on CogVideoX. Got {type(pipe).__name__}. "
+                "Use `mmdit record`, which runs through the stock pipeline."
+            )
+        self.pipe, self.steps, self.seed = pipe, steps, seed
+        self.scheduler = _scheduler(pipe, sampler)
+        train = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= train or train % steps:
+            nearest = min((n for n in range(1, train + 1) if train % n == 0), key=lambda n: abs(n - steps))
+            raise UsageError(
+                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. Take {nearest}."
+            )
+        if not 0 <= seed < SEED_LIMIT:
+            raise UsageError(f"A seed must lie in 0 to 2^63 - 1. Got {seed}. Choose another.")
+        self.scheduler.set_timesteps(steps, device=self.device)
+        self.timesteps: list[int] = [int(t) for t in self.scheduler.timesteps]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes (offloaded pipelines included)."""
+        return self.pipe._execution_device
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration."""
+        return self.pipe.transformer.config
+
+    @property
+    def clip_frames(self) -> int:
+        """Latent frames of one clip as the model was trained."""
+        return (self.config.sample_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Text embeddings [P, T, E], padded as the model was trained."""
+        length = self.config.max_text_seq_length
+        return self.pipe.encode_prompt(list(prompts), None, False, max_sequence_length=length, device=self.device)[0]
+
+    def noise(self, batch: int, frames: int, dtype: torch.dtype) -> Tensor:
+        """Start of the loop, drawn on the CPU from the seed: the same on every device."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        config = self.config
+        shape = (batch, frames, config.in_channels, config.sample_height, config.sample_width)
+        latents = randn_tensor(shape, generator=self.generator, device=self.device, dtype=dtype)
+        return latents * self.scheduler.init_noise_sigma
+
+    def forward(self, latents: Tensor, text: Tensor, step: int) -> Tensor:
+        """One transformer forward, float32 [B, F, C, H, W]."""
+        transformer = self.pipe.transformer
+        timestep = self.scheduler.timesteps[step].expand(len(latents))
+        latents = self.scheduler.scale_model_input(latents, self.scheduler.timesteps[step])
+        with transformer.cache_context("cond_uncond"):
+            output = transformer(
+                hidden_states=latents.to(text.dtype),
+                encoder_hidden_states=text,
+                timestep=timestep,
+                image_rotary_emb=self._rotary(latents.shape[1]),
+                return_dict=False,
+            )[0]
+        return output.float() if output.dtype != torch.float64 else output
+
+    def advance(self, output: Tensor, latents: Tensor, previous_x0: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+        """One scheduler step: the next latents, and x0 if the sampler remembers it."""
+        timestep = self.scheduler.timesteps[step]
+        if not _is_dpm(self.scheduler):
+            return self.scheduler.step(output, timestep, latents, eta=0.0, return_dict=False)[0], None
+        back = self.scheduler.timesteps[step - 1] if step else None
+        arguments = (output, previous_x0, timestep, back, latents)
+        return self.scheduler.step(*arguments, eta=0.0, generator=self.generator, return_dict=False)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Pixel frames [B, 4 (F - 1) + 1, H, W, 3].
+
+        The decoder takes an odd number of latent frames; for an even one the last is repeated and the surplus cut, so that none is lost.
+        """
+        frames = latents.shape[1]
+        if frames % 2 == 0:
+            latents = torch.cat([latents, latents[:, -1:]], 1)
+        video = self.pipe.decode_latents(latents.to(self.pipe.vae.dtype))
+        pixels = self.pipe.video_processor.postprocess_video(video=video, output_type="np")
+        wanted = self.pipe.vae_scale_factor_temporal * (frames - 1) + 1
+        return (pixels[:, :wanted] * 255).round().astype(np.uint8)
+
+    def close(self) -> None:
+        """Hand offloaded parts back to where they were, as the stock call does at its end."""
+        self.pipe.maybe_free_model_hooks()
+
+    def _rotary(self, frames: int) -> tuple[Tensor, Tensor] | None:
+        """Local positions: each segment counts its own frames."""
+        if not self.config.use_rotary_positional_embeddings:
+            return None
+        scale = self.pipe.vae_scale_factor_spatial
+        height, width = self.config.sample_height * scale, self.config.sample_width * scale
+        return self.pipe._prepare_rotary_positional_embeddings(height, width, frames, self.device)
+
+
+def _is_dpm(scheduler: Any) -> bool:
+    return type(scheduler).__name__ == "CogVideoXDPMScheduler"
+
+
+def _scheduler(pipe: Any, sampler: SamplerName) -> Any:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+    classes = {"model": type(pipe.scheduler), "ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+    return classes[sampler].from_config(pipe.scheduler.config)
