@@ -115,6 +115,10 @@ class Loop:
         wanted = self.pipe.vae_scale_factor_temporal * (frames - 1) + 1
         return (pixels[:, :wanted] * 255).round().astype(np.uint8)
 
+    def sigma(self, step: int) -> float:
+        """Noise level of a step, sqrt(1 - alpha_bar), 1 at the start of a zero-SNR schedule."""
+        return float((1 - self.scheduler.alphas_cumprod[self.timesteps[step]]).sqrt())
+
     def close(self) -> None:
         """Hand offloaded parts back to where they were, as the stock call does at its end."""
         self.pipe.maybe_free_model_hooks()

@@ -17,7 +17,3 @@ def conditions(segments: Segments, embeddings: Tensor) -> Tensor:
         made.append(own if mix == 0 else (1 - mix) * own + mix * embeddings[prompt + 1])
     return torch.stack(made)
 
-
-def negative(embeddings: Tensor) -> Tensor:
-    """DiTCtrl's unconditional embedding: zeros, not the encoded empty prompt (SV:272-276)."""
-    return torch.zeros_like(embeddings)

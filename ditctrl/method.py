@@ -10,7 +10,7 @@ from torch import Tensor
 
 from control.adapter import Loop
 from control.denoise import guide
-from ditctrl.condition import conditions, negative
+from ditctrl.condition import conditions
 from ditctrl.overlap import blend
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window, branches
@@ -26,12 +26,14 @@ class MultiPrompt:
     All segments of a step are one batch; a step without sharing evaluates each segment once and counts it with the pair loop's multiplicity.
     `window` None is their ablation without KV sharing. The sharing itself is a `Transfer` in the trace (`share_previous`).
 
-    `embeddings` is [n, T, E]; the latents given to a call [1, L, C, H, W].
+    `embeddings` is [n, T, E], `negative` [1, T, E] (zeros in the authors' code, SV:272-276, not the encoded empty
+    prompt); the latents given to a call are [1, L, C, H, W].
     """
 
     loop: Loop
     segments: Segments
     embeddings: Tensor
+    negative: Tensor
     guidance: Callable[[int], float]
     window: Window | None
     clock: Clock
@@ -43,7 +45,7 @@ class MultiPrompt:
         clips = torch.cat([latents[:, self.segments.window(b.segment)] for b in half])
         text = conditions(self.segments, self.embeddings)[[b.segment for b in half]]
         self.clock.tell(step, self.loop.steps, both)
-        output = self.loop.forward(torch.cat([clips, clips]), torch.cat([negative(text), text]), step)
+        output = self.loop.forward(torch.cat([clips, clips]), torch.cat([self.negative.expand_as(text), text]), step)
         guided = guide(output, self.guidance(self.loop.timesteps[step]))
         return blend(self.segments, [(b.segment, self._weight(b), p) for b, p in zip(half, guided, strict=True)])
 

@@ -25,7 +25,7 @@ class Window:
         return cls(range(round(steps / 25), round(steps / 2)), range(layers - max(1, round(layers / 6)), layers))
 
 
-def share_previous(segments: Segments, window: Window) -> Transfer:
+def share_previous(segments: Segments, window: Window, tensors: str = "kv") -> Transfer:
     """The target role of each segment reads keys and values of the source role of the one before, in both guidance halves.
 
     The source role is plain attention, so there is no chain within a step (DC:1525-1570, unmasked form).
@@ -35,7 +35,7 @@ def share_previous(segments: Segments, window: Window) -> Transfer:
         return _branch(segments, branch.segment - 1, "source", branch.guided)
 
     where = Where(steps=window.steps, layers=window.layers, branches=Which(role="target"))
-    return Transfer("kv", source=previous_segment, where=where)
+    return Transfer(tensors, source=previous_segment, where=where)
 
 
 def branches(segments: Segments, shared: bool) -> list[Branch]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -54,7 +56,10 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
     paths = [folder / "video.gif"]
     try:
         save_gif(paths[0], frames, fps)
-        return [*_save_mp4(folder / "video.mp4", frames, fps), *paths]
+        if _has_ffmpeg():
+            paths.insert(0, folder / "video.mp4")
+            save_mp4(paths[0], frames, fps)
+        return paths
     except OSError as error:
         raise StoreError(
             f"A video must be written to disk. Got '{error.strerror or error}' in {folder}. Free some space and run again."
@@ -67,15 +72,19 @@ def save_gif(path: Path, frames: Frames, fps: int, zoom: int | None = None) -> N
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
 
 
-def _save_mp4(path: Path, frames: Frames, fps: int) -> list[Path]:
-    try:
-        import imageio_ffmpeg  # noqa: F401 (the [model] extra)
-    except ImportError:
-        return []
-    import imageio.v3 as iio
+def save_mp4(path: Path, frames: Frames, fps: int) -> None:
+    """H.264 at quality 8, small videos enlarged without smoothing.
 
+    Raises:
+        StoreError: ffmpeg is not installed.
+    """
+    if not _has_ffmpeg():
+        raise StoreError("An mp4 must be written by ffmpeg. Got none installed. pip install imageio-ffmpeg, or export a GIF.")
     iio.imwrite(path, enlarge(frames), fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
-    return [path]
+
+
+def _has_ffmpeg() -> bool:
+    return find_spec("imageio_ffmpeg") is not None
 
 
 def enlarge(frames: Frames, zoom: int | None = None) -> Frames:
@@ -132,8 +141,16 @@ def contact_sheet(path: Path, title: str, rows: Sequence[Row]) -> Path:
     return path
 
 
+def _tiles(pictures: Frames, height: int = 128) -> Frames:
+    """Pictures at the height of a sheet's tile: enlarged by whole pixels, or reduced smoothly."""
+    if pictures.shape[1] <= height:
+        return enlarge(pictures, height // pictures.shape[1])
+    size = round(pictures.shape[2] * height / pictures.shape[1]), height
+    return np.stack([np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)) for picture in pictures])
+
+
 def _draw(title: str, rows: Sequence[Row], gap: int = 6, margin: int = 20) -> Image.Image:
-    rows = [Row(row.caption, enlarge(row.pictures, max(1, 128 // row.pictures.shape[1])), row.notes) for row in rows]
+    rows = [Row(row.caption, _tiles(row.pictures), row.notes) for row in rows]
     height = sum(row.pictures.shape[1] + 46 for row in rows) + 2 * margin + 26
     width = max(len(row.pictures) * (row.pictures.shape[2] + gap) - gap for row in rows) + 2 * margin
     sheet = Image.new("RGB", (width, height), PAPER)

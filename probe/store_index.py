@@ -124,8 +124,11 @@ class Index:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced, also within one tick of the file system's clock."""
-    stat = path.stat()
+    """What changes when a file is replaced, also within one tick of the file system's clock; () when it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 

@@ -58,6 +58,8 @@ class Tap:
             with tap.nnsight.trace(True, fn=lambda _: pipe("...")):
                 out = tap.layers[2].output.save()
 
+    `plain` holds the processors as they were, by layer.
+
     Raises:
         TapError: no attention call found, the model is already traced, or gradient checkpointing is on.
     """
@@ -71,6 +73,7 @@ class Tap:
         self.on_forward: Callable[[Tensor, int, TokenLayout], None] | None = None
         self.make_call: Callable[..., AttentionCall] = _bare_call
         self.layout: TokenLayout | None = None
+        self.plain: list[Any] = []
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -92,6 +95,7 @@ class Tap:
         self._undo.append(gate.release)
         _OWNERS[self.model] = threading.get_ident()
         self._undo.append(lambda: _OWNERS.pop(self.model, None))
+        self.plain = []
         try:
             for layer, module in enumerate(self.modules):
                 self._reroute(layer, module)
@@ -119,6 +123,7 @@ class Tap:
     def _reroute(self, layer: int, module: nn.Module) -> None:
         """Give one attention module a processor of a subclass whose code sees another `F`."""
         old: Any = module.processor
+        self.plain.append(old)
         function = type(old).__call__
         if "scaled_dot_product_attention" not in function.__code__.co_names:
             raise TapError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from probe.layout import Grid, TokenLayout
@@ -37,6 +38,31 @@ def _call_defaults(pipe: Any) -> dict[str, Any]:
     return {"max_sequence_length": _text_length(pipe.transformer)}
 
 
+def _probe_inputs(pipe: Any) -> dict[str, Any]:
+    """Random inputs at the model's own spatial size (its positions may be fixed), one clip (two token frames if rotary)."""
+    model = pipe.transformer
+    config, parameter = model.config, next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(parameter)
+
+    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    if config.use_rotary_positional_embeddings:
+        frames = 2 * (config.patch_size_t or 1)
+    height, width = config.sample_height, config.sample_width
+    inputs: dict[str, Any] = {
+        "hidden_states": noise(1, frames, config.in_channels, height, width),
+        "encoder_hidden_states": noise(1, config.max_text_seq_length, config.text_embed_dim),
+        "timestep": torch.tensor([500], device=parameter.device),
+    }
+    if config.use_rotary_positional_embeddings:
+        scale = pipe.vae_scale_factor_spatial
+        size = height * scale, width * scale, frames, parameter.device
+        inputs["image_rotary_emb"] = pipe._prepare_rotary_positional_embeddings(*size)
+    return inputs
+
+
 COGVIDEOX = Family(
     name="cogvideox",
     transformer="CogVideoXTransformer3DModel",
@@ -47,4 +73,5 @@ COGVIDEOX = Family(
     text_length=_text_length,
     branches=_branches,
     call_defaults=_call_defaults,
+    probe_inputs=_probe_inputs,
 )

@@ -19,7 +19,8 @@ class Family:
     """One model family.
 
     `transformer` is the diffusers class name, `blocks` and `attention` where its joint-attention modules are. The functions read
-    the layout of the joint sequence, the text length, and the branches of a stock pipeline call.
+    the layout of the joint sequence, the text length, and the branches of a stock pipeline call; `probe_inputs` makes
+    small random inputs for a self-check.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     text_length: Callable[[nn.Module], int]
     branches: Callable[[int, int | None, Any], tuple[Branch, ...]]
     call_defaults: Callable[[Any], dict[str, Any]]
+    probe_inputs: Callable[[Any], dict[str, Any]]
 
     def attention_modules(self, model: nn.Module) -> list[nn.Module]:
         """The joint-attention modules in model order; index = layer."""

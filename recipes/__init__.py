@@ -1,0 +1,1 @@
+"""Ready-made uses of the toolkit, and the small rendered world they are checked in."""

@@ -1,0 +1,118 @@
+"""Word maps of a run as numbers and pictures. No torch."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+from numpy.typing import NDArray
+
+from probe import film
+from probe.errors import StoreError, UsageError
+from probe.store import Run
+
+
+@dataclass(frozen=True)
+class Picked:
+    """One word map [F, Y, X], lift (1.0 = uniform), and where in the run it is from; None is a mean."""
+
+    word: str
+    layer: int | None
+    step: int | None
+    head: int | None
+    segment: int
+    direction: str
+    lift: NDArray[np.float32]
+
+    @property
+    def title(self) -> str:
+        """One line that says what is seen."""
+        parts = [f"{name} {value}" for name, value in (("layer", self.layer), ("step", self.step), ("head", self.head)) if value is not None]
+        return f"{self.word} · {self.direction} · segment {self.segment} · {', '.join(parts) or 'mean of all layers, steps, heads'}"
+
+
+def choose(
+    run: Run, word: str, layer: int | None, step: int | None, head: int | None, segment: int | None, direction: str
+) -> Picked:
+    """Read one map; `segment` None is the first that shows the word."""
+    if segment is None:
+        shown = [s for s, role in run.segments if word in run.segment_words(s, role)]
+        segment = shown[0] if shown else None
+    lift = run.word_map(word, layer=layer, step=step, head=head, segment=segment, direction=direction)
+    return Picked(word, layer, step, head, segment or 0, direction, lift)
+
+
+def summary(picked: Picked) -> dict[str, Any]:
+    """Mean, peak and where it is."""
+    frame, row, column = (int(i) for i in np.unravel_index(picked.lift.argmax(), picked.lift.shape))
+    return {
+        "map": picked.title,
+        "shape": "x".join(str(n) for n in picked.lift.shape),
+        "mean lift": f"{picked.lift.mean():.3f}",
+        "peak lift": f"{picked.lift.max():.3f}",
+        "peak at": f"frame {frame}, row {row}, column {column}",
+        "per frame": ", ".join(f"{value:.2f}" for value in picked.lift.mean((1, 2))),
+    }
+
+
+def export(run: Run, picked: Picked, kind: str, out: Path | None) -> Path:
+    """Write a map as npz, csv, png (contact sheet), gif or mp4 (heat over the frames).
+
+    Raises:
+        UsageError: pictures are asked for and the run has no video.
+        StoreError: the file cannot be written.
+    """
+    path = out or run.path / f"{picked.word.replace(' ', '_')}_{picked.direction}.{kind}"
+    try:
+        _WRITERS[kind](run, picked, path)
+    except OSError as error:
+        raise StoreError(
+            f"An export must be written to disk. Got '{error.strerror or error}' for {path}. Choose another --out."
+        ) from error
+    return path
+
+
+def _npz(run: Run, picked: Picked, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, lift=picked.lift, title=np.array(picked.title))
+
+
+def _csv(run: Run, picked: Picked, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["frame", "row", "column", "lift"])
+        rows.writerows([*(int(i) for i in at), float(value)] for at, value in np.ndenumerate(picked.lift))
+
+
+def _gif(run: Run, picked: Picked, path: Path) -> None:
+    film.save_gif(path, _heat(run, picked)[1], int(run.info.get("fps", 8)))
+
+
+def _mp4(run: Run, picked: Picked, path: Path) -> None:
+    film.save_mp4(path, _heat(run, picked)[1], int(run.info.get("fps", 8)))
+
+
+def _png(run: Run, picked: Picked, path: Path) -> None:
+    frames, heated = _heat(run, picked)
+    plain, notes = film.pick(frames, 9)
+    rows = [film.Row("frames", plain), film.Row(picked.title, film.pick(heated, 9)[0], notes)]
+    film.contact_sheet(path, str(run.info["prompts"][0] if len(run.info["prompts"]) == 1 else run.path.name), rows)
+
+
+_WRITERS = {"npz": _npz, "csv": _csv, "gif": _gif, "mp4": _mp4, "png": _png}
+
+
+def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
+    """The pixel frames of the segment, and the same under the heat of the map."""
+    if run.video is None:
+        raise UsageError(f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv.")
+    role = next(role for s, role in run.segments if s == picked.segment)
+    start = int(run.segment_attrs(picked.segment, role)["start_frame"])
+    frames = np.asarray(iio.imread(run.video))
+    first = max(0, 4 * start - 3) if start else 0
+    shown = frames[first : first + 4 * (len(picked.lift) - 1) + 1]
+    return shown, film.overlay(shown, picked.lift)

@@ -1,0 +1,155 @@
+"""Readouts against the whole matrix in float64, on the tensors of real calls."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+import probe
+from probe import region
+from probe.plan import Handler, Stage
+from tests import tiny
+from tests.oracle import weights
+
+BOUND = {torch.float64: 1e-6, torch.float32: 5e-6, torch.bfloat16: 2e-2}  # results are kept in float32
+
+
+@dataclass(eq=False)
+class KeepCalls(Handler):
+    where: probe.Where = field(default_factory=probe.Where)
+    stage = Stage.USED
+
+    def begin(self, prompts, steps, layers):
+        self.calls = {}
+
+    def serve(self, call, rows):
+        self.calls[call.site.step, call.site.layer] = call
+
+
+def recorded(dtype, *readouts, prompt=tiny.PROMPT, rotary=True):
+    keep = KeepCalls()
+    tiny.latents(probe.trace(tiny.pipeline(rotary, dtype=dtype), keep, *readouts), prompt, steps=2)
+    return keep.calls
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_word_maps_equal_the_matrix(dtype):
+    readout = probe.WordMaps("cat", "red cat", per_head=True)
+    calls = recorded(dtype, readout)
+    assert len(calls) == len(readout.maps) == 2 * 3
+    for (step, branch, layer), maps in readout.maps.items():
+        call = calls[step, layer]
+        p = weights(call.q, call.k)[call.branches.index(branch)]
+        for w, tokens in enumerate([[2], [1, 2]]):
+            n, video = call.k.shape[-2], call.layout.video_slice
+            vt = p[:, video, tokens].sum(-1) * n / len(tokens)
+            tv = p[:, tokens, video].mean(1) * n
+            for direction, expected in (("vt", vt), ("tv", tv)):
+                got = torch.from_numpy(maps[direction][:, w]).flatten(1).double()
+                assert ((got - expected).abs() / expected.abs().clamp_min(1)).max() < BOUND[dtype]
+
+
+def test_word_maps_average_heads_and_can_choose_them():
+    each, mean = probe.WordMaps("cat", per_head=True), probe.WordMaps("cat")
+    second = probe.WordMaps("cat", where=probe.Where(heads=1))
+    recorded(torch.float32, each, mean, second)
+    for key, maps in each.maps.items():
+        assert np.allclose(mean.maps[key]["vt"][0], maps["vt"].mean(0), rtol=1e-6)
+        assert np.array_equal(second.maps[key]["tv"][0], maps["tv"][1])
+
+
+def test_word_maps_see_the_conditional_half_unless_asked():
+    default = probe.WordMaps("cat")
+    unconditional = probe.WordMaps("cat", where=probe.Where(branches=probe.Which(guided=False)))
+    recorded(torch.float32, default, unconditional)
+    assert {branch.guided for _, branch, _ in default.maps} == {True}
+    assert {branch.guided for _, branch, _ in unconditional.maps} == {False}
+
+
+def test_every_word_when_none_is_named():
+    readout = probe.WordMaps()
+    recorded(torch.float32, readout, prompt="a cat and a dog")
+    assert next(iter(readout.words_of.values())) == ("a", "cat", "and", "dog")
+
+
+def test_uniform_attention_has_lift_one():
+    pipe = tiny.pipeline()
+    for block in pipe.transformer.transformer_blocks:
+        torch.nn.init.zeros_(block.attn1.norm_q.weight)
+        torch.nn.init.zeros_(block.attn1.norm_q.bias)
+    readout = probe.WordMaps("cat")
+    tiny.latents(probe.trace(pipe, readout), steps=1)
+    for maps in readout.maps.values():
+        assert np.allclose(maps["vt"], 1, atol=1e-5)
+        assert np.allclose(maps["tv"], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_region_mass_equals_the_matrix(dtype):
+    readout = probe.RegionMass()
+    calls = recorded(dtype, readout)
+    assert len(readout.masses) == 2 * 3
+    for (step, branch, layer), table in readout.masses.items():
+        call = calls[step, layer]
+        expected = slow_mass(call, call.branches.index(branch))
+        assert np.abs(table - expected).max() < BOUND[dtype]
+        assert np.allclose(table.sum(-1), 1, atol=1e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def slow_mass(call, row):
+    """One token, one column at a time."""
+    layout, prompt, p = call.layout, call.prompt_of(call.branches[row]), weights(call.q, call.k)[row].numpy()
+    kinds = ["text" if not pad else "padding" for pad in prompt.padding] + ["video"] * layout.grid.size
+    frame = [None] * layout.text + [i // layout.grid.patches for i in range(layout.grid.size)]
+    table = np.zeros((p.shape[0], 3, 4))
+    for r, rows in enumerate(("text", "padding", "video")):
+        inside = [i for i, kind in enumerate(kinds) if kind == rows]
+        for i in inside:
+            for j, kind in enumerate(kinds):
+                same = frame[i] is not None and frame[i] == frame[j]
+                column = {"text": 0, "padding": 1, "video": 2 if same else 3}[kind]
+                table[:, r, column] += p[:, i, j] / len(inside)
+    return table
+
+
+def test_region_mass_without_padding_is_nan_there():
+    readout = probe.RegionMass()
+    recorded(torch.float32, readout, prompt=" ".join(["cat"] * 11))
+    table = next(iter(readout.masses.values()))
+    assert np.isnan(table[:, 1]).all()
+    assert np.allclose(table[:, [0, 2]].sum(-1), 1, atol=1e-5)
+    assert np.abs(table[:, [0, 2], 1]).max() == 0
+
+
+def test_readouts_of_one_call_share_its_lse(monkeypatch):
+    pipe = tiny.pipeline()
+    count = []
+    real = probe.plan.AttentionCall.run_with_lse
+    monkeypatch.setattr(probe.plan.AttentionCall, "run_with_lse", lambda call: count.append(1) or real(call))
+    partial = []
+    monkeypatch.setattr("probe.call.attend.partial", lambda *a, **k: partial.append(1))
+    tiny.latents(probe.trace(pipe, probe.WordMaps("cat"), probe.WordMaps("red")), steps=1)
+    assert len(count) == 3  # once per layer, and it served as the model's own attention
+    assert not partial
+
+
+def test_regions_name_tokens():
+    pipe = tiny.pipeline()
+    prompt = probe.trace(pipe).tokenize(["a cat on grass"])[0]
+    layout = probe.TokenLayout("text-video", tiny.TEXT, probe.Grid(3, 4, 4))
+    assert region.words("grass").indices(layout, prompt).tolist() == [3, 4, 5]
+    assert (region.text() | region.padding()).indices(layout, prompt).tolist() == list(range(12))
+    assert region.text().indices(layout, prompt).tolist() == list(range(7))  # four words in six pieces, and the end
+    assert (region.video() & ~region.frames(0)).indices(layout, prompt).tolist() == list(range(28, 60))
+    assert region.box(1, 2, 3, 4).indices(layout)[:4].tolist() == [18, 19, 22, 23]
+    assert probe.TokenLayout("video-text", 12, probe.Grid(3, 4, 4)).text_slice == slice(48, 60)
+    mask = np.zeros((3, 4, 4), bool)
+    mask[2, 3, 3] = True
+    assert region.tokens(mask).indices(layout).tolist() == [59]
+    with pytest.raises(probe.MmditError, match="must have the grid's shape"):
+        region.tokens(mask[:2]).indices(layout)
+    with pytest.raises(probe.MmditError, match="must lie in 0 to 2"):
+        region.frames(3).indices(layout)
+    with pytest.raises(probe.MmditError, match="must come with the prompt"):
+        region.words("cat").indices(layout)
