@@ -23,9 +23,9 @@ from probe.folder import RECIPE, live_writer, read_info
 from probe.store_index import Index, Source, check, mean_over, union
 from probe.store_read import Place
 from probe.store_record import SegmentRecord
-from probe.store_writer import RunWriter
+from probe.store_writer import RunWriter, refuse_taken
 
-__all__ = ["Run", "RunWriter", "SegmentRecord", "list_runs"]
+__all__ = ["Run", "RunWriter", "SegmentRecord", "list_runs", "refuse_taken"]
 
 
 class Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +61,8 @@ class RunWriter:
         """
         path = Path(folder)
         _check_names(info)
-        _make_room(path, force)
+        refuse_taken(path, force)
+        _make_room(path)
         lock(path)
         started = {"format": FORMAT, "schema": SCHEMA, "status": "running", "started": _now()}
         try:
@@ -165,8 +166,13 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _make_room(path: Path, force: bool) -> None:
-    """Make `path` an empty folder, or say why not."""
+def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
+    """Raise what `RunWriter.create` would raise for this folder, before any work is done; touches nothing.
+
+    Raises:
+        StoreError: the folder is taken, foreign, being written, below a file, or cannot be read.
+    """
+    path = Path(folder)
     try:
         for place in (path, *path.parents):
             if place.is_file():
@@ -179,18 +185,46 @@ def _make_room(path: Path, force: bool) -> None:
                 f"run folder must be new or empty. Got {path}, which holds {held} entries. "
                 "Choose another path, or pass --force to replace an earlier run."
             )
-        if held:
-            _remove_run(path)
-        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        raise _not_writable(path, error) from None
+    if held:
+        _refuse_foreign(path)
+
+
+def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
+    """Check, before any work is done, that `RunWriter.create` would take the folder; nothing is touched.
+
+    Raises:
+        StoreError: the folder is taken, foreign, being written, or a file stands in the way.
+    """
+    path = Path(folder)
+    with _one_sentence(path):
+        for place in (path, *path.parents):
+            if place.is_file():
+                raise StoreError(
+                    f"run folder must be a folder in a folder. Got {path}, where {place} is a file. Choose another."
+                )
+        held = len(list(path.iterdir())) if path.exists() else 0
+    if held and not force:
         raise StoreError(
-            f"run folder must be writable. Got '{error.strerror or error}' for {error.filename or path}. "
-            "Choose another path."
-        ) from None
+            f"run folder must be new or empty. Got {path}, which holds {held} {'entry' if held == 1 else 'entries'}. "
+            "Choose another path, or pass --force to replace an earlier run."
+        )
+    if held:
+        _check_run(path)
 
 
-def _remove_run(path: Path) -> None:
-    """Delete an earlier run of this project, and nothing else."""
+def _make_room(path: Path, force: bool) -> None:
+    """Make `path` an empty folder; an earlier run in it is deleted if `force` says so."""
+    refuse_taken(path, force)
+    with _one_sentence(path):
+        if path.exists() and any(path.iterdir()):
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _check_run(path: Path) -> None:
+    """Refuse to replace anything but a run of this project that nobody is writing."""
     try:
         read_info(path)
     except StoreError as error:
@@ -199,4 +233,14 @@ def _remove_run(path: Path) -> None:
         ) from None
     if (pid := live_writer(path)) is not None:
         raise StoreError(f"--force must not replace a run in progress. Got {path}, written by process {pid}. Stop it.")
-    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"run folder must be writable. Got '{error.strerror or error}' for {error.filename or path}. "
+            "Choose another path."
+        ) from None

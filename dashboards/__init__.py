@@ -1,0 +1,1 @@
+"""Shows run folders in the browser. Holds no model; reads, never writes."""

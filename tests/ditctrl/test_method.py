@@ -1,0 +1,154 @@
+"""The fast schedule against the literal pair loop, float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import probe
+from control.adapter import Loop
+from control.denoise import State, denoise
+from control.schedule import dynamic_guidance
+from ditctrl import MultiPrompt, Segments, Window, share_previous
+from probe.errors import UsageError
+from tests import tiny
+from tests.ditctrl.pair_loop import PairLoop
+
+STEPS, PEAK = 5, 4.0
+PROMPTS = [tiny.PROMPT, tiny.OTHER, "the cat sits on grass"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sincos", "rotary"])
+def pipe(request):
+    return tiny.pipeline(rotary=request.param, dtype=torch.float64)
+
+
+class Both:
+    """The method and its oracle for the same numbers."""
+
+    def __init__(self, pipe, prompts, transitions, overlap, window="scaled"):
+        self.loop = Loop(pipe, STEPS, seed=5, sampler="dpm")
+        self.segments = Segments(prompts, self.loop.clip_frames, overlap, transitions)
+        self.window = Window.scaled(STEPS, 3) if window == "scaled" else window
+        self.prompts = PROMPTS[:prompts]
+        self.text = self.loop.encode(self.prompts)
+        self.traced = probe.trace(pipe, *([share_previous(self.segments, self.window)] if self.window else []))
+        self.oracle = PairLoop(
+            pipe.transformer,
+            self.text,
+            self.segments.length,
+            overlap,
+            transitions,
+            PEAK,
+            self.loop.timesteps,
+            self.loop.scheduler.alphas_cumprod,
+            self.window.steps if self.window else range(0),
+            self.window.layers if self.window else range(0),
+            self.loop._rotary(self.segments.length),
+        )
+
+    def method(self, clock):
+        scale = lambda t: dynamic_guidance(t, STEPS, PEAK)  # noqa: E731
+        zeros = torch.zeros_like(self.text[:1])
+        return MultiPrompt(self.loop, self.segments, self.text, zeros, scale, self.window, clock)
+
+    def run(self, drive):
+        with torch.no_grad():
+            return self.traced.run(drive, self.prompts)
+
+
+GEOMETRY = [(2, 2, 2), (2, 1, 1), (3, 1, 2), (2, 0, 1), (3, 0, 0)]
+
+
+@pytest.mark.parametrize(("prompts", "transitions", "overlap"), GEOMETRY)
+def test_each_prediction_equals_the_pair_loop(pipe, prompts, transitions, overlap):
+    both = Both(pipe, prompts, transitions, overlap)
+    assert both.window == Window(range(0, 2), range(2, 3))
+    assert both.segments.frames == both.oracle.frames
+    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    outputs = both.run(lambda clock: [both.method(clock)(x, step) for step in range(STEPS)])
+    for step, v in enumerate(outputs):
+        a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[step]].double()
+        clean = a.sqrt() * x - (1 - a).sqrt() * v
+        assert (clean - both.oracle.x0(x, step)).abs().max() < 1e-12 * v.abs().max()
+
+
+def test_the_sharing_matters(pipe):
+    both = Both(pipe, 2, 2, 2)
+    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+    without = replace(both.oracle, steps=range(0))
+    assert (both.oracle.x0(x, 0) - without.x0(x, 0)).abs().max() > 1e-4  # far above the 1e-12 of the comparison
+    assert torch.equal(both.oracle.x0(x, 4), without.x0(x, 4))
+
+
+def test_the_whole_loop_equals_the_pair_loop(pipe):
+    both = Both(pipe, 2, 2, 2)
+    start = State.start(both.loop, 1, both.segments.frames, torch.float64)
+    done = both.run(lambda clock: denoise(both.loop, both.method(clock), start))
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(start.latents.shape, generator=generator, dtype=torch.float64)
+    assert torch.equal(noise, start.latents)
+    expected = both.oracle.sample(noise, generator)
+    # the scheduler computes its coefficients in float32
+    assert (done.latents - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_without_sharing_each_segment_is_computed_once(pipe):
+    both = Both(pipe, 2, 2, 2, window=None)
+    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+    v = both.run(lambda clock: both.method(clock)(x, 0))
+    a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[0]].double()
+    assert (a.sqrt() * x - (1 - a).sqrt() * v - both.oracle.x0(x, 0)).abs().max() < 1e-12 * v.abs().max()
+    assert both.method(None).sample_forwards() == STEPS * 2 * 4
+
+
+def test_clip_forwards_are_counted(pipe):
+    assert Both(pipe, 2, 2, 2).method(None).sample_forwards() == 2 * 2 * 6 + 3 * 2 * 4
+
+
+def test_recording_changes_no_bit_of_the_method(pipe):
+    both = Both(pipe, 2, 2, 2)
+    start = State.start(both.loop, 1, both.segments.frames, torch.float64)
+    plain = both.run(lambda clock: denoise(both.loop, both.method(clock), start))
+    maps, mass = probe.WordMaps("cat", "dog"), probe.RegionMass()
+    both.traced = probe.trace(pipe, share_previous(both.segments, both.window), maps, mass)
+    again = both.run(lambda clock: denoise(both.loop, both.method(clock), start))
+    assert torch.equal(plain.latents, again.latents)
+    seen = {(b.segment, b.role): words for b, words in maps.words_of.items()}
+    assert seen[0, "plain"] == seen[1, "source"] == ("cat",)
+    assert seen[2, "target"] == seen[3, "plain"] == ("dog",)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "transitions", "preset", "count", "frames", "pixels"),
+    [
+        (2, 2, 9, 4, 25, 97),
+        (3, 2, 9, 7, 37, 145),
+        (4, 2, 9, 10, 49, 193),
+        (5, 2, 9, 13, 61, 241),
+        (2, 1, 6, 3, 27, 105),
+        (3, 1, 6, 5, 41, 161),
+        (4, 1, 6, 7, 55, 217),
+        (5, 1, 6, 9, 69, 273),
+    ],
+)
+def test_the_authors_presets(prompts, transitions, preset, count, frames, pixels):
+    segments = Segments.scaled(prompts, 13, transitions)
+    assert segments.overlap == preset
+    assert (segments.count, segments.frames, segments.pixel_frames()) == (count, frames, pixels)
+
+
+def test_the_scaling_rule():
+    assert Window.scaled(50, 30) == Window(range(2, 25), range(25, 30))
+    assert Window.scaled(25, 6) == Window(range(1, 12), range(5, 6))
+    assert Segments.scaled(2, 5).overlap == 3
+    assert Segments.scaled(2, 5, transitions=1).overlap == 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [((1, 13, 9, 2), "two prompts"), ((2, 5, 5, 2), "shorter than a segment of 5"), ((2, 5, 3, -1), "transition")],
+)
+def test_impossible_segments_are_refused(numbers, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        Segments(*numbers)
