@@ -19,12 +19,12 @@ SEED_LIMIT = 2**63
 class Loop:
     """The parts of a CogVideoX pipeline around its transformer, for a loop of our own.
 
-    `sampler`: "model" keeps the pipeline's scheduler, "ddim" and "dpm" (SDE-DPM-Solver++ 2M) build CogVideoX's own from its configuration.
-    Latents are [B, F, C, H, W] in latent frames and latent pixels.
+    `sampler`: "model" keeps the pipeline's scheduler, "ddim" and "dpm" (SDE-DPM-Solver++ 2M) build CogVideoX's own
+    from its configuration. Latents are [B, F, C, H, W] in latent frames and latent pixels.
 
     Raises:
-        UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a seed out of range.
-        ModelError: a pipeline without a loop adapter.
+        UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a
+            seed out of range. ModelError: a pipeline without a loop adapter.
     """
 
     def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
@@ -39,7 +39,8 @@ class Loop:
         if not 1 <= steps <= train or train % steps:
             nearest = min((n for n in range(1, train + 1) if train % n == 0), key=lambda n: abs(n - steps))
             raise UsageError(
-                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. Take {nearest}."
+                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got "
+                f"{steps}. Take {nearest}."
             )
         if not 0 <= seed < SEED_LIMIT:
             raise UsageError(f"A seed must lie in 0 to 2^63 - 1. Got {seed}. Choose another.")
@@ -92,7 +93,9 @@ class Loop:
             )[0]
         return output.float() if output.dtype != torch.float64 else output
 
-    def advance(self, output: Tensor, latents: Tensor, previous_x0: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+    def advance(
+        self, output: Tensor, latents: Tensor, previous_x0: Tensor | None, step: int
+    ) -> tuple[Tensor, Tensor | None]:
         """One scheduler step: the next latents, and x0 if the sampler remembers it."""
         timestep = self.scheduler.timesteps[step]
         if not _is_dpm(self.scheduler):
@@ -105,7 +108,8 @@ class Loop:
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Pixel frames [B, 4 (F - 1) + 1, H, W, 3].
 
-        The decoder takes an odd number of latent frames; for an even one the last is repeated and the surplus cut, so that none is lost.
+        The decoder takes an odd number of latent frames; for an even one the last is repeated and the surplus cut, so
+        that none is lost.
         """
         frames = latents.shape[1]
         if frames % 2 == 0:

@@ -39,9 +39,7 @@ class State:
 
 
 @torch.no_grad()
-def denoise(
-    loop: Loop, predict: Prediction, state: State, on_step: Callable[[State], None] | None = None
-) -> State:
+def denoise(loop: Loop, predict: Prediction, state: State, on_step: Callable[[State], None] | None = None) -> State:
     """Advance `state` to the last step. `on_step` sees each new state.
 
     `predict` tells the clock step, number of steps and branches before each forward.
@@ -64,10 +62,11 @@ def denoise(
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance of independent clips, as the stock pipeline does it: one batch [unconditional.., conditional..].
+    """Classifier-free guidance of independent clips, as the stock pipeline does it: one batch [unconditional..,
+    conditional..].
 
-    `text` and `negative` are [P, T, E]; `guidance(timestep)` the scale of a step. A scale of at most 1 at every step needs
-    `negative=None`, which runs the conditional half alone.
+    `text` and `negative` are [P, T, E]; `guidance(timestep)` the scale of a step. A scale of at most 1 at every step
+    needs `negative=None`, which runs the conditional half alone.
     """
 
     loop: Loop

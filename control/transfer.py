@@ -19,11 +19,11 @@ Source = int | Callable[[Branch], Branch | None]
 class Transfer(Handler):
     """Rows of the batch read `tensors` of their source row instead of their own.
 
-    `tensors` is any of "q", "k", "v", as in "kv": keys and values shared, the target keeps its own queries (DiTCtrl's KV sharing, MasaCtrl's
-    mutual self-attention); "qk" carries over the whole attention map.
-    `source` is a prompt index (the branch that equals the target but for its prompt), or a function from a target's branch to its source's
-    branch, None to leave that row alone. `target` is a prompt index or None for every branch `where` selects.
-    Exact, at the cost of plain attention; a row that is its own source stays bit-identical.
+    `tensors` is any of "q", "k", "v", as in "kv": keys and values shared, the target keeps its own queries (DiTCtrl's
+    KV sharing, MasaCtrl's mutual self-attention); "qk" carries over the whole attention map. `source` is a prompt
+    index (the branch that equals the target but for its prompt), or a function from a target's branch to its source's
+    branch, None to leave that row alone. `target` is a prompt index or None for every branch `where` selects. Exact,
+    at the cost of plain attention; a row that is its own source stays bit-identical.
 
     Raises:
         UsageError: `tensors` names none or an unknown tensor.
@@ -39,7 +39,9 @@ class Transfer(Handler):
 
     def __post_init__(self) -> None:
         if not self.tensors or set(self.tensors) - set("qkv"):
-            raise UsageError(f"A Transfer must name tensors among q, k, v. Got {self.tensors!r}. Write for example 'kv'.")
+            raise UsageError(
+                f"A Transfer must name tensors among q, k, v. Got {self.tensors!r}. Write for example 'kv'."
+            )
         self.touches = frozenset(self.tensors)
         if self.target is not None:
             chosen = self.where.branches
@@ -78,7 +80,8 @@ class Transfer(Handler):
         if source not in call.branches:
             there = "; ".join(str(b) for b in call.branches)
             raise PlanError(
-                f"The source of a Transfer must be in the same attention call. Got {source} at {call.site}, which has: {there}. "
+                f"The source of a Transfer must be in the same attention call. Got {source} at {call.site}, which "
+                f"has: {there}. "
                 "Generate source and target in one batch."
             )
         return call.branches.index(source)

@@ -22,9 +22,10 @@ from probe.site import Branch
 class MultiPrompt:
     """Overlapping segments of one long latent, each under its own condition, blended into one prediction.
 
-    Equal, up to rounding, to the authors' schedule of pairs [u_k, u_k+1, c_k, c_k+1] (SA:705-767): `window` says where their two roles differ.
-    All segments of a step are one batch; a step without sharing evaluates each segment once and counts it with the pair loop's multiplicity.
-    `window` None is their ablation without KV sharing. The sharing itself is a `Transfer` in the trace (`share_previous`).
+    Equal, up to rounding, to the authors' schedule of pairs [u_k, u_k+1, c_k, c_k+1] (SA:705-767): `window` says
+    where their two roles differ. All segments of a step are one batch; a step without sharing evaluates each segment
+    once and counts it with the pair loop's multiplicity. `window` None is their ablation without KV sharing. The
+    sharing itself is a `Transfer` in the trace (`share_previous`).
 
     `embeddings` is [n, T, E], `negative` [1, T, E] (zeros in the authors' code, SV:272-276, not the encoded empty
     prompt); the latents given to a call are [1, L, C, H, W].

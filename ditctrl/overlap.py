@@ -19,9 +19,9 @@ def triangle(length: int) -> Tensor:
 def blend(segments: Segments, parts: Sequence[tuple[int, float, Tensor]]) -> Tensor:
     """The long prediction [1, L, C, H, W] from (segment, weight, prediction [T, C, H, W]) triples.
 
-    Each frame is the weighted mean of what covers it, with weight times `triangle`. `weight` carries the pair loop's multiplicity.
-    Blending the model's v equals blending x0, as the authors do (SA:758-767), because all segments share the noisy latent; the paper writes
-    it on z_t.
+    Each frame is the weighted mean of what covers it, with weight times `triangle`. `weight` carries the pair loop's
+    multiplicity. Blending the model's v equals blending x0, as the authors do (SA:758-767), because all segments
+    share the noisy latent; the paper writes it on z_t.
     """
     first = parts[0][2]
     total = first.new_zeros((segments.frames, *first.shape[1:]))

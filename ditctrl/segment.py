@@ -9,7 +9,8 @@ from probe.errors import UsageError
 
 @dataclass(frozen=True)
 class Segments:
-    """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions` interpolated segments per gap.
+    """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions`
+    interpolated segments per gap.
 
     Source: SV:217-312 of the authors' code (sample_video.py at f1348b5). Without their "longer middle segments".
 
@@ -25,21 +26,26 @@ class Segments:
     def __post_init__(self) -> None:
         if self.prompts < 2:
             raise UsageError(
-                f"DiTCtrl must have at least two prompts. Got {self.prompts}. Add the prompt the video turns to, or use `mmdit record`."
+                f"DiTCtrl must have at least two prompts. Got {self.prompts}. Add the prompt the video turns to, "
+                "or use `mmdit record`."
             )
         if not 0 <= self.overlap < self.length:
             raise UsageError(
-                f"The overlap must be at least 0 and shorter than a segment of {self.length} latent frames. Got {self.overlap}. "
+                f"The overlap must be at least 0 and shorter than a segment of {self.length} latent frames. Got "
+                f"{self.overlap}. "
                 f"Take {round(9 * self.length / 13)}."
             )
         if self.transitions < 0:
-            raise UsageError(f"The number of transition segments must be at least 0. Got {self.transitions}. Take 1 or 2.")
+            raise UsageError(
+                f"The number of transition segments must be at least 0. Got {self.transitions}. Take 1 or 2."
+            )
 
     @classmethod
     def scaled(cls, prompts: int, length: int, transitions: int = 2, overlap: int | None = None) -> Segments:
         """The authors' geometry carried over to another segment length.
 
-        Their presets for 13 latent frames are overlap 9 with 2 transition segments and 6 with 1 (or none): round(9 T / 13) and round(6 T / 13).
+        Their presets for 13 latent frames are overlap 9 with 2 transition segments and 6 with 1 (or none): round(9 T
+        / 13) and round(6 T / 13).
         """
         share = 9 if transitions >= 2 else 6
         return cls(prompts, length, round(share * length / 13) if overlap is None else overlap, transitions)
@@ -68,10 +74,14 @@ class Segments:
         return slice(segment * self.stride, segment * self.stride + self.length)
 
     def condition(self, segment: int) -> tuple[int, float]:
-        """(prompt i, a): the segment shows (1 - a) of prompt i and a of prompt i + 1; a = j / (b + 1) for transition j."""
+        """(prompt i, a): the segment shows (1 - a) of prompt i and a of prompt i + 1; a = j / (b + 1) for transition
+        j.
+        """
         prompt, j = divmod(segment, self.transitions + 1)
         return prompt, j / (self.transitions + 1)
 
     def multiplicity(self, segment: int) -> int:
-        """How often the pair loop counts a segment: interior ones as a source and as a target, the first and last once (SA:749-767)."""
+        """How often the pair loop counts a segment: interior ones as a source and as a target, the first and last
+        once (SA:749-767).
+        """
         return 1 if segment in (0, self.count - 1) else 2

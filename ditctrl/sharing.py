@@ -18,7 +18,8 @@ class Window:
 
     @classmethod
     def scaled(cls, steps: int, layers: int) -> Window:
-        """The authors' window, steps [2, 25) of 50 and layers [25, 30) of 30 (DC:1404-1405), carried over to K steps and L layers.
+        """The authors' window, steps [2, 25) of 50 and layers [25, 30) of 30 (DC:1404-1405), carried over to K steps
+        and L layers.
 
         [round(K / 25), round(K / 2)) and the last max(1, round(L / 6)).
         """
@@ -26,7 +27,8 @@ class Window:
 
 
 def share_previous(segments: Segments, window: Window, tensors: str = "kv") -> Transfer:
-    """The target role of each segment reads keys and values of the source role of the one before, in both guidance halves.
+    """The target role of each segment reads keys and values of the source role of the one before, in both guidance
+    halves.
 
     The source role is plain attention, so there is no chain within a step (DC:1525-1570, unmasked form).
     """
@@ -41,8 +43,8 @@ def share_previous(segments: Segments, window: Window, tensors: str = "kv") -> T
 def branches(segments: Segments, shared: bool) -> list[Branch]:
     """The conditional branches of a step in batch order.
 
-    With sharing: sources 0 .. S-2, then targets 1 .. S-1, as the pair loop evaluates them. Without, both roles of a segment are the same
-    function of the same input, so each segment is evaluated once.
+    With sharing: sources 0 .. S-2, then targets 1 .. S-1, as the pair loop evaluates them. Without, both roles of a
+    segment are the same function of the same input, so each segment is evaluated once.
     """
     if not shared:
         return [_branch(segments, k, "plain") for k in range(segments.count)]

@@ -1,4 +1,5 @@
-"""probe looks at attention: it records and serves every joint-attention call of a video diffusion transformer, and changes nothing by itself.
+"""probe looks at attention: it records and serves every joint-attention call of a video diffusion transformer, and
+changes nothing by itself.
 
     pipe = probe.load("miniature")
     run = probe.record(pipe, "a red circle moving right", words=["circle"], out="runs/first")

@@ -1,8 +1,9 @@
 """Softmax maths: attention over part of the keys, and the exact merge of such parts.
 
-A *state* over a key set S is `out_i = sum_S softmax_S(s_ij) v_j` and `lse_i = log sum_S exp(s_ij)`. States over disjoint sets merge
-exactly, and `exp(lse_S - lse)` is the probability mass row i puts on S (FlashInfer's recursive attention; ring attention).
-No N x N matrix is ever formed. Shapes: q [B, H, N, D], k and v [B, H, M, D]; lse [B, H, N], natural log, float32 (float64 for float64).
+A *state* over a key set S is `out_i = sum_S softmax_S(s_ij) v_j` and `lse_i = log sum_S exp(s_ij)`. States over
+disjoint sets merge exactly, and `exp(lse_S - lse)` is the probability mass row i puts on S (FlashInfer's recursive
+attention; ring attention). No N x N matrix is ever formed. Shapes: q [B, H, N, D], k and v [B, H, M, D]; lse [B, H,
+N], natural log, float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 def partial(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None) -> State:
     """Fused attention of all rows of q over one key set.
 
-    `bias` is added to the logits, float, broadcastable to [B, H, N, M]. Empty key sets give out 0 and lse -inf; rows whose keys are all
-    hidden by -inf likewise (the kernels themselves return 0 for their lse, or kill the process on empty inputs).
+    `bias` is added to the logits, float, broadcastable to [B, H, N, M]. Empty key sets give out 0 and lse -inf; rows
+    whose keys are all hidden by -inf likewise (the kernels themselves return 0 for their lse, or kill the process on
+    empty inputs).
     """
     verify(q.device.type, q.dtype)
     return _partial(q, k, v, scale, bias)
@@ -105,7 +107,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> int:
     choice = torch._fused_sdp_choice(q, k, v, None if bias is None else bias.to(q.dtype), 0.0, False)
     if choice == 0:
         raise TapError(
-            f"Attention with a log-sum-exp needs a fused kernel. Got {tuple(q.shape)} {q.dtype} on {q.device}, for which torch "
+            f"Attention with a log-sum-exp needs a fused kernel. Got {tuple(q.shape)} {q.dtype} on {q.device}, "
+            "for which torch "
             "has none. Load the model in bfloat16 or float16."
         )
     return choice

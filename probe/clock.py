@@ -1,6 +1,7 @@
 """The one owner of time: which denoising step, turn and branches the next model forward belongs to.
 
-Told by a sampler, or read from the model's own `timestep`: told beats read. Never counted from layers or trace iterations.
+Told by a sampler, or read from the model's own `timestep`: told beats read. Never counted from layers or trace
+iterations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from probe.site import Branch
 
 @dataclass
 class Clock:
-    """State of one run. A sampler calls `tell` before each model forward; otherwise `read_steps` and `read_branches` are asked."""
+    """State of one run. A sampler calls `tell` before each model forward; otherwise `read_steps` and `read_branches`
+    are asked.
+    """
 
     read_steps: Callable[[], int]
     read_branches: Callable[[int], tuple[Branch, ...]]
@@ -33,8 +36,8 @@ class Clock:
     def forward(self, timestep: Tensor, batch: int) -> None:
         """A model forward begins. Reads the time unless it was told.
 
-        A read step is the nth distinct timestep, its turn the nth forward at that timestep. Schedulers that repeat a timestep
-        (Heun) need to be told. Reading costs one device sync per forward.
+        A read step is the nth distinct timestep, its turn the nth forward at that timestep. Schedulers that repeat a
+        timestep (Heun) need to be told. Reading costs one device sync per forward.
         """
         now = float(timestep.max())
         if not self._told:

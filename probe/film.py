@@ -62,7 +62,8 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
         return paths
     except OSError as error:
         raise StoreError(
-            f"A video must be written to disk. Got '{error.strerror or error}' in {folder}. Free some space and run again."
+            f"A video must be written to disk. Got '{error.strerror or error}' in {folder}. Free some space and "
+            "run again."
         ) from error
 
 
@@ -79,7 +80,9 @@ def save_mp4(path: Path, frames: Frames, fps: int) -> None:
         StoreError: ffmpeg is not installed.
     """
     if not _has_ffmpeg():
-        raise StoreError("An mp4 must be written by ffmpeg. Got none installed. pip install imageio-ffmpeg, or export a GIF.")
+        raise StoreError(
+            "An mp4 must be written by ffmpeg. Got none installed. pip install imageio-ffmpeg, or export a GIF."
+        )
     iio.imwrite(path, enlarge(frames), fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
 
 
@@ -146,7 +149,9 @@ def _tiles(pictures: Frames, height: int = 128) -> Frames:
     if pictures.shape[1] <= height:
         return enlarge(pictures, height // pictures.shape[1])
     size = round(pictures.shape[2] * height / pictures.shape[1]), height
-    return np.stack([np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)) for picture in pictures])
+    return np.stack(
+        [np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)) for picture in pictures]
+    )
 
 
 def _draw(title: str, rows: Sequence[Row], gap: int = 6, margin: int = 20) -> Image.Image:

@@ -18,7 +18,8 @@ Order = Literal["text-video", "video-text"]
 class Grid:
     """Token grid of a video: token frames x rows x columns of patches.
 
-    A token frame is `patch_size_t` latent frames (1 for CogVideoX-2B and 5B). Tokens are frame-major, then row, then column.
+    A token frame is `patch_size_t` latent frames (1 for CogVideoX-2B and 5B). Tokens are frame-major, then row, then
+    column.
     """
 
     frames: int
@@ -27,7 +28,9 @@ class Grid:
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1:
-            raise LayoutError(f"A grid must have at least one token on each axis. Got {self}. Check the size of the video.")
+            raise LayoutError(
+                f"A grid must have at least one token on each axis. Got {self}. Check the size of the video."
+            )
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"

@@ -29,8 +29,8 @@ class Stage(IntEnum):
 class Handler(ABC):
     """Something served at attention calls: a readout (touches nothing) or an intervention.
 
-    `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same rank on the
-    same tensor, rows and heads of one call clash.
+    `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same
+    rank on the same tensor, rows and heads of one call clash.
     """
 
     where: Where
@@ -70,7 +70,8 @@ class Plan:
             handler.begin(prompts, steps, layers)
             if not (chosen(handler.where.steps, steps) and chosen(handler.where.layers, layers)):
                 raise PlanError(
-                    f"A handler must select at least one attention call. Got {handler}, which selects none of {steps} steps "
+                    f"A handler must select at least one attention call. Got {handler}, which selects none of "
+                    f"{steps} steps "
                     f"and {layers} layers. Widen its where."
                 )
         self._refuse_clashes()

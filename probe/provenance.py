@@ -35,7 +35,9 @@ def provenance(pipe: Any) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str | None:
-    """Short hash of a pipeline folder: every configuration, and the first megabyte and the size of every weight file."""
+    """Short hash of a pipeline folder: every configuration, and the first megabyte and the size of every weight
+    file.
+    """
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()

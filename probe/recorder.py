@@ -58,11 +58,19 @@ class Recorder:
 
     def _segment(self, step: int, branch: Branch, layout: TokenLayout) -> SegmentRecord:
         prompt = self.prompts[branch.nearest]
-        maps = {layer: m for (at, b, layer), m in (self.maps.maps if self.maps else {}).items() if (at, b) == (step, branch)}
-        mass = {layer: m for (at, b, layer), m in (self.mass.masses if self.mass else {}).items() if (at, b) == (step, branch)}
+        maps = {
+            layer: m for (at, b, layer), m in (self.maps.maps if self.maps else {}).items() if (at, b) == (step, branch)
+        }
+        mass = {
+            layer: m
+            for (at, b, layer), m in (self.mass.masses if self.mass else {}).items()
+            if (at, b) == (step, branch)
+        }
         layers = tuple(sorted(set(maps) | set(mass)))
         if maps and mass and set(maps) != set(mass):
-            raise UsageError("Word maps and region mass must be recorded in the same layers. Got different ones. Use one where.")
+            raise UsageError(
+                "Word maps and region mass must be recorded in the same layers. Got different ones. Use one where."
+            )
         stacked = {
             direction: np.stack([maps[layer][direction] for layer in layers])
             for direction in (self.maps.directions if self.maps and maps else ())
@@ -104,7 +112,8 @@ def record(
     force: bool = False,
     **call: Any,
 ) -> Run:
-    """Generate `prompt` through the stock pipeline and keep its video, word maps, region masses and provenance in folder `out`.
+    """Generate `prompt` through the stock pipeline and keep its video, word maps, region masses and provenance in
+    folder `out`.
 
     `words` defaults to every word of the prompt; `layers` and `steps` select what is kept. `call` goes to the pipeline
     (num_inference_steps, guidance_scale, ...). The video is bit-identical to the same call without recording.
@@ -139,4 +148,6 @@ def finish_video(folder: Path, frames: film.Frames, fps: int, title: str) -> Non
     """video.mp4, video.gif and contact.png of a finished run."""
     film.save_video(folder, frames, fps)
     pictures, notes = film.pick(frames, 9)
-    film.contact_sheet(folder / "contact.png", title, [film.Row(f"{len(frames)} frames, {fps} per second", pictures, notes)])
+    film.contact_sheet(
+        folder / "contact.png", title, [film.Row(f"{len(frames)} frames, {fps} per second", pictures, notes)]
+    )

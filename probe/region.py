@@ -20,8 +20,8 @@ _Rule = Callable[[TokenLayout, "Prompt | None"], Mask]
 class Region:
     """A set of tokens of the joint sequence. `a | b` joins, `a & b` intersects, `~a` is the rest.
 
-    Build one with the functions of this module: `text()`, `padding()`, `video()`, `words("cat")`, `frames(0, 4)`, `box(...)`,
-    `tokens(mask)`.
+    Build one with the functions of this module: `text()`, `padding()`, `video()`, `words("cat")`, `frames(0, 4)`,
+    `box(...)`, `tokens(mask)`.
     """
 
     label: str

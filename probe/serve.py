@@ -45,6 +45,7 @@ def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
             heads = set(one.where.head_list(call.q.shape[1])) & set(other.where.head_list(call.q.shape[1]))
             if same and heads and set(one.where.rows(call.branches)) & set(other.where.rows(call.branches)):
                 raise PlanError(
-                    f"Two edits must not change the same tensor at the same place. Got {one} and {other} at {call.site}. "
+                    f"Two edits must not change the same tensor at the same place. Got {one} and {other} at "
+                    f"{call.site}. "
                     "Separate their branches."
                 )

@@ -10,7 +10,9 @@ from probe.errors import UsageError
 
 @dataclass(frozen=True)
 class Site:
-    """One attention call: 0-based denoising step (from pure noise), turn (nth forward of the step), layer, nth call of the layer."""
+    """One attention call: 0-based denoising step (from pure noise), turn (nth forward of the step), layer, nth call
+    of the layer.
+    """
 
     step: int
     turn: int
@@ -26,8 +28,8 @@ class Site:
 class Branch:
     """What one batch entry of one call is.
 
-    `prompt` is an index into the prompts of the run. An interpolated condition is `(1 - mix)` of it and `mix` of the next one.
-    `guided` is True for the conditional half of classifier-free guidance.
+    `prompt` is an index into the prompts of the run. An interpolated condition is `(1 - mix)` of it and `mix` of the
+    next one. `guided` is True for the conditional half of classifier-free guidance.
     """
 
     prompt: int = 0

@@ -233,9 +233,7 @@ def list_runs(folder: str | os.PathLike[str]) -> list[Run]:
     try:
         places = sorted(Path(folder).iterdir())
     except OSError as error:
-        raise StoreError(
-            f"folder of runs must be readable. Got '{error.strerror}' for {folder}. Check the path."
-        ) from None
+        raise StoreError(f"folder of runs must be readable. Got '{error.strerror}' for {folder}. Check it.") from None
     runs = []
     for place in places:
         with contextlib.suppress(StoreError):

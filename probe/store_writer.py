@@ -167,31 +167,6 @@ def _now() -> str:
 
 
 def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
-    """Raise what `RunWriter.create` would raise for this folder, before any work is done; touches nothing.
-
-    Raises:
-        StoreError: the folder is taken, foreign, being written, below a file, or cannot be read.
-    """
-    path = Path(folder)
-    try:
-        for place in (path, *path.parents):
-            if place.is_file():
-                raise StoreError(
-                    f"run folder must be a folder in a folder. Got {path}, where {place} is a file. Choose another."
-                )
-        held = len(list(path.iterdir())) if path.exists() else 0
-        if held and not force:
-            raise StoreError(
-                f"run folder must be new or empty. Got {path}, which holds {held} entries. "
-                "Choose another path, or pass --force to replace an earlier run."
-            )
-    except OSError as error:
-        raise _not_writable(path, error) from None
-    if held:
-        _refuse_foreign(path)
-
-
-def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
     """Check, before any work is done, that `RunWriter.create` would take the folder; nothing is touched.
 
     Raises:
@@ -214,9 +189,8 @@ def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
         _check_run(path)
 
 
-def _make_room(path: Path, force: bool) -> None:
-    """Make `path` an empty folder; an earlier run in it is deleted if `force` says so."""
-    refuse_taken(path, force)
+def _make_room(path: Path) -> None:
+    """Make `path` an empty folder; whatever `refuse_taken` let through is deleted."""
     with _one_sentence(path):
         if path.exists() and any(path.iterdir()):
             shutil.rmtree(path)

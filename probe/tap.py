@@ -1,7 +1,8 @@
 """The tap: every joint-attention call of a model passes through one hub module that nnsight sees.
 
-The processors keep their class and code; only the attention function they call is rerouted, per layer. `NNsight` wraps the hub,
-not the model: no idle cost, no clash with offloading, and no operation name of a library version is spelled out.
+The processors keep their class and code; only the attention function they call is rerouted, per layer. `NNsight`
+wraps the hub, not the model: no idle cost, no clash with offloading, and no operation name of a library version is
+spelled out.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Tap:
         self.make_call: Callable[..., AttentionCall] = _bare_call
         self.layout: TokenLayout | None = None
         self.plain: list[Any] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
     @property
     def layers(self) -> Any:
@@ -90,7 +91,8 @@ class Tap:
         gate = _GATES.setdefault(self.model, threading.Lock())
         if not gate.acquire(timeout=0 if self._mine() else 600):
             raise TapError(
-                "A model must be traced by one run at a time. Got a second run inside the first. Run them one after the other."
+                "A model must be traced by one run at a time. Got a second run inside the first. Run them one "
+                "after the other."
             )
         self._undo.append(gate.release)
         _OWNERS[self.model] = threading.get_ident()
@@ -124,10 +126,11 @@ class Tap:
         """Give one attention module a processor of a subclass whose code sees another `F`."""
         old: Any = module.processor
         self.plain.append(old)
-        function = type(old).__call__
+        function: Any = type(old).__call__
         if "scaled_dot_product_attention" not in function.__code__.co_names:
             raise TapError(
-                f"An attention processor must call F.scaled_dot_product_attention. Got {type(old).__name__}, which does not. "
+                f"An attention processor must call F.scaled_dot_product_attention. Got {type(old).__name__}, "
+                "which does not. "
                 "Restore the model's own processors."
             )
         functional = _Functional("torch.nn.functional")
@@ -143,13 +146,13 @@ class Tap:
         self._undo.append(lambda: _restore(module, new, old))
 
     def _routed(self, layer: int) -> Callable[..., Tensor]:
-        point = self.hub.layers[layer]
+        point: Any = self.hub.layers[layer]
 
-        @torch.compiler.disable
         def routed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
             if attn_mask is not None:
                 raise TapError(
-                    f"The joint attention of {self.family.name} must have no mask. Got one of {tuple(attn_mask.shape)}. "
+                    f"The joint attention of {self.family.name} must have no mask. Got one of "
+                    f"{tuple(attn_mask.shape)}. "
                     "Leave attention_mask out."
                 )
             if self.layout is None:
@@ -161,7 +164,7 @@ class Tap:
             finally:
                 del point.attend
 
-        return routed
+        return torch.compiler.disable(routed)  # type: ignore[return-value] (a graph break, not a crash of the compiler)
 
 
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

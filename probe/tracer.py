@@ -1,6 +1,7 @@
 """The one nnsight trace loop: visits every attention call in model order and serves it.
 
-Users never write a trace body for this; deep `.source` operations silently bind to the wrong denoising step when sites are sparse.
+Users never write a trace body for this; deep `.source` operations silently bind to the wrong denoising step when
+sites are sparse.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from probe.word import Prompt, tokenize
 
 
 class Traced:
-    """A pipeline whose attention calls are served to `handlers`. Call it as the pipeline itself, or `run` any loop over it."""
+    """A pipeline whose attention calls are served to `handlers`. Call it as the pipeline itself, or `run` any loop
+    over it.
+    """
 
     def __init__(self, pipe: Any, handlers: Sequence[Handler]) -> None:
         self.pipe, self.handlers = pipe, tuple(handlers)
@@ -61,12 +64,16 @@ class Traced:
 
 
 def trace(pipe: Any, *handlers: Handler) -> Traced:
-    """Attach readouts and interventions to a pipeline: `trace(pipe, WordMaps("cat"))(prompt="a cat", num_inference_steps=20)`."""
+    """Attach readouts and interventions to a pipeline: `trace(pipe, WordMaps("cat"))(prompt="a cat",
+    num_inference_steps=20)`.
+    """
     return Traced(pipe, handlers)
 
 
 class _Run:
-    """One run: its clock, its plan (bound at the first forward, when the number of steps is known), its missed layers."""
+    """One run: its clock, its plan (bound at the first forward, when the number of steps is known), its missed
+    layers.
+    """
 
     def __init__(self, traced: Traced, tap: Tap, prompts: tuple[Prompt, ...]) -> None:
         self.traced, self.tap, self.prompts = traced, tap, prompts
@@ -82,13 +89,16 @@ class _Run:
         self.traced.layout = layout
         if len(self.clock.branches) != batch:
             raise TapError(
-                f"The branches told must be as many as the batch entries. Got {len(self.clock.branches)} branches for a batch "
+                f"The branches told must be as many as the batch entries. Got {len(self.clock.branches)} branches "
+                "for a batch "
                 f"of {batch}. Tell one branch per entry."
             )
         if self.plan is None:
             self.plan = Plan(self.traced.handlers, self.clock.steps, len(self.tap.modules), self.prompts)
 
-    def call(self, layer: int, nth: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, layout: TokenLayout) -> AttentionCall:
+    def call(
+        self, layer: int, nth: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, layout: TokenLayout
+    ) -> AttentionCall:
         self.layers_seen.add(layer)
         site = Site(self.clock.step, self.clock.turn, layer, nth)
         return AttentionCall(site, q, k, v, scale, layout, self.clock.branches, self.prompts)
@@ -97,7 +107,8 @@ class _Run:
         missed = sorted(set(range(len(self.tap.modules))) - self.layers_seen)
         if missed:
             raise TapError(
-                f"Every layer must call its attention through the tap. Got none from layers {missed}: their processors were "
+                f"Every layer must call its attention through the tap. Got none from layers {missed}: their "
+                "processors were "
                 "replaced after tapping, for example by fuse_qkv_projections(). Undo that first."
             )
         if self.plan is not None:
@@ -105,14 +116,16 @@ class _Run:
 
 
 def _follow(tap: Tap, drive: Callable[[], Any], run: _Run) -> Any:
-    """The only trace body. It calls functions and binds nothing else: names bound in a trace keep their tensors alive."""
+    """The only trace body. It calls functions and binds nothing else: names bound in a trace keep their tensors
+    alive.
+    """
 
     def driven(_: object) -> Any:
         result = drive()
         tap.hub(None)  # ends the open iteration without a warning
         return result
 
-    hub = tap.nnsight
+    hub: Any = tap.nnsight
     with hub.trace(True, fn=driven) as tracer:
         for _ in tracer.iter[:]:
             if _visit(hub, run):

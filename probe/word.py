@@ -37,9 +37,7 @@ class Prompt:
     def word_of_token(self) -> tuple[int, ...]:
         """For each token the index of its word in `words`, or -1."""
         bounds = [match.span() for match in _WORD.finditer(self.text)]
-        return tuple(
-            next((i for i, word in enumerate(bounds) if _overlap(span, word)), -1) for span in self.spans
-        )
+        return tuple(next((i for i, word in enumerate(bounds) if _overlap(span, word)), -1) for span in self.spans)
 
     def tokens_of(self, phrase: str) -> tuple[int, ...]:
         """Token positions of a word or of consecutive words, wherever they stand in the prompt.
@@ -58,7 +56,8 @@ class Prompt:
         tokens = tuple(i for i, span in enumerate(self.spans) if any(_overlap(span, place) for place in found))
         if not found:
             raise WordError(
-                f"A word must be in its prompt. Got {phrase!r} for {self.text!r}. Its words are: {', '.join(self.words)}."
+                f"A word must be in its prompt. Got {phrase!r} for {self.text!r}. Its words are: "
+                f"{', '.join(self.words)}."
             )
         if not tokens:
             raise WordError(

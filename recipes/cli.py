@@ -70,8 +70,8 @@ def _run(
 
     recipe = parse.load(name, sets or (), values)
     say.quiet_libraries()
-    from recipes.run import default_folder, execute, predicted
     from recipes.job import prepare
+    from recipes.run import default_folder, execute, predicted
 
     if dry:
         say.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
@@ -169,7 +169,9 @@ def doctor(format: Format = "text") -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one sentence and an exit code of 1 or 2 for anything that goes wrong, a traceback only with --debug."""
+    """Entry point: one sentence and an exit code of 1 or 2 for anything that goes wrong, a traceback only with
+    --debug.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
@@ -182,7 +184,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        say.error(f"Something unexpected went wrong. Got {type(error).__name__}: {error}. Run again with --debug to see where.")
+        say.error(
+            f"Something unexpected went wrong. Got {type(error).__name__}: {error}. Run again with --debug to see "
+            "where."
+        )
         sys.exit(1)
 
 

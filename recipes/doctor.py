@@ -13,10 +13,18 @@ PACKAGES = ("mmdit-lab", "torch", "diffusers", "transformers", "nnsight", "h5py"
 
 def examine() -> dict[str, Any]:
     """Versions, device, attention kernel against float64, ffmpeg, the miniature."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
     facts |= {name: _version(name) for name in PACKAGES}
     facts["ffmpeg"] = _ffmpeg()
-    facts |= _torch() if find_spec("torch") else {"torch": 'not installed: runs can be read; pip install ".[model]" to make them'}
+    facts |= (
+        _torch()
+        if find_spec("torch")
+        else {"torch": 'not installed: runs can be read; pip install ".[model]" to make them'}
+    )
     return facts
 
 

@@ -19,7 +19,9 @@ COGVIDEOX_STEPS, COGVIDEOX_GUIDANCE = 50, 6.0
 
 @dataclass(frozen=True)
 class Size:
-    """What the configuration of a model says: layers, heads, the joint sequence of one clip, latent frames of a clip."""
+    """What the configuration of a model says: layers, heads, the joint sequence of one clip, latent frames of a
+    clip.
+    """
 
     layers: int
     heads: int
@@ -116,11 +118,12 @@ def _size(place: str) -> Size:
     from diffusers import CogVideoXTransformer3DModel
 
     try:
-        config: dict[str, Any] = dict(CogVideoXTransformer3DModel.load_config(place, subfolder="transformer"))
+        config: Any = CogVideoXTransformer3DModel.load_config(place, subfolder="transformer")
     except Exception as error:  # diffusers and the hub raise what they like
         cause = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the id or folder."
+            f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the "
+            "id or folder."
         ) from error
     if config.get("_class_name") != "CogVideoXTransformer3DModel":
         raise ModelError(

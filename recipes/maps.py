@@ -31,8 +31,13 @@ class Picked:
     @property
     def title(self) -> str:
         """One line that says what is seen."""
-        parts = [f"{name} {value}" for name, value in (("layer", self.layer), ("step", self.step), ("head", self.head)) if value is not None]
-        return f"{self.word} · {self.direction} · segment {self.segment} · {', '.join(parts) or 'mean of all layers, steps, heads'}"
+        parts = [
+            f"{name} {value}"
+            for name, value in (("layer", self.layer), ("step", self.step), ("head", self.head))
+            if value is not None
+        ]
+        place = ", ".join(parts) or "mean of all layers, steps, heads"
+        return f"{self.word} · {self.direction} · segment {self.segment} · {place}"
 
 
 def choose(
@@ -109,7 +114,9 @@ _WRITERS = {"npz": _npz, "csv": _csv, "gif": _gif, "mp4": _mp4, "png": _png}
 def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
     """The pixel frames of the segment, and the same under the heat of the map."""
     if run.video is None:
-        raise UsageError(f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv.")
+        raise UsageError(
+            f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv."
+        )
     role = next(role for s, role in run.segments if s == picked.segment)
     start = int(run.segment_attrs(picked.segment, role)["start_frame"])
     frames = np.asarray(iio.imread(run.video))

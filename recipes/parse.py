@@ -1,4 +1,6 @@
-"""YAML to recipes and back; the only module that reads YAML. Errors name the place and the nearest known key. No torch."""
+"""YAML to recipes and back; the only module that reads YAML. Errors name the place and the nearest known key. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ from probe.errors import RecipeError
 from recipes.recipe import Output, Recipe, Sampler, Segments
 
 LIBRARY = Path(__file__).parent / "library"
-_SHORT = {name: section for section, part in (("sampler", Sampler), ("segments", Segments), ("output", Output))
-          for name in part.model_fields}
+_SHORT = {
+    name: section
+    for section, part in (("sampler", Sampler), ("segments", Segments), ("output", Output))
+    for name in part.model_fields
+}
 
 
 def names() -> tuple[str, ...]:
@@ -42,7 +47,8 @@ def find(recipe: str) -> Path:
 def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe.
 
-    `overrides` are "key=value" texts with dotted keys (`sampler.steps=50`; `steps=50` for short), `values` whole top-level values.
+    `overrides` are "key=value" texts with dotted keys (`sampler.steps=50`; `steps=50` for short), `values` whole
+    top-level values.
 
     Raises:
         RecipeError: not YAML, an unknown key, a wrong type or value.
@@ -54,7 +60,10 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
         cause = " ".join(str(error).split())
         raise RecipeError(f"A recipe must be readable YAML. Got {path.name}: {cause}. Mend that line.") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"A recipe must be a mapping of keys. Got {type(data).__name__} in {path.name}. See `mmdit recipes show record`.")
+        raise RecipeError(
+            f"A recipe must be a mapping of keys. Got {type(data).__name__} in {path.name}. See `mmdit recipes "
+            "show record`."
+        )
     for text in overrides:
         _override(data, text)
     return validate(data | dict(values or {}), path.name)
@@ -104,13 +113,17 @@ def _step_into(place: Any, part: str, where: str) -> Any:
     if place.get(part) is None:
         place[part] = {}
     if not isinstance(place[part], dict | list):
-        raise RecipeError(f"--set must name a key inside a section. Got {where}, which is a single value. Check `mmdit recipes show`.")
+        raise RecipeError(
+            f"--set must name a key inside a section. Got {where}, which is a single value. Check `mmdit recipes show`."
+        )
     return place[part]
 
 
 def _index(place: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise RecipeError(f"A list entry must be chosen by its number, 0 to {len(place) - 1}. Got {where}. Count from 0.")
+        raise RecipeError(
+            f"A list entry must be chosen by its number, 0 to {len(place) - 1}. Got {where}. Count from 0."
+        )
     return int(part)
 
 

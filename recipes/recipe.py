@@ -38,24 +38,27 @@ class Sampler(Part):
     """How the latent is denoised."""
 
     scheduler: Literal["model", "ddim", "dpm"] = Field(
-        "model", description="model: the pipeline's own; ddim; dpm: SDE-DPM-Solver++ 2M as CogVideoX implements it"
+        default="model",
+        description="model: the pipeline's own; ddim; dpm: SDE-DPM-Solver++ 2M as CogVideoX implements it",
     )
-    steps: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="denoising steps; must divide 1000")
+    steps: Annotated[int, Field(ge=1)] | Auto = Field(default="auto", description="denoising steps; must divide 1000")
     guidance: Annotated[float, Field(ge=1)] | Auto = Field(
-        "auto", description="scale of classifier-free guidance, or its peak when dynamic; auto: the model's own"
+        default="auto", description="scale of classifier-free guidance, or its peak when dynamic; auto: the model's own"
     )
-    dynamic: bool = Field(False, description="CogVideoX's dynamic guidance, between 1 and 1 + guidance")
+    dynamic: bool = Field(default=False, description="CogVideoX's dynamic guidance, between 1 and 1 + guidance")
     negative: Literal["empty", "zeros"] = Field(
-        "empty", description="unconditional embedding: the encoded empty prompt, or zeros as in DiTCtrl"
+        default="empty", description="unconditional embedding: the encoded empty prompt, or zeros as in DiTCtrl"
     )
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class Segments(Part):
     """DiTCtrl: a longer latent, cut into overlapping segments that each show one prompt or a mix of two."""
 
-    transitions: int = Field(2, ge=0, description="interpolated segments between two prompts")
-    overlap: Annotated[int, Field(ge=0)] | Auto = Field("auto", description="latent frames shared with the next")
+    transitions: int = Field(default=2, ge=0, description="interpolated segments between two prompts")
+    overlap: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="latent frames shared with the next"
+    )
 
 
 class Transfer(Part):
@@ -64,8 +67,10 @@ class Transfer(Part):
     kind: Literal["transfer"]
     tensors: Literal["k", "v", "kv", "q", "qk", "qkv"] = "kv"
     source: Literal["previous_segment"]
-    steps: HalfOpen | Auto = Field("auto", description="half-open; auto: [round(K/25), round(K/2)) of K steps")
-    layers: HalfOpen | Auto = Field("auto", description="half-open; auto: the last max(1, round(L/6)) of L layers")
+    steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: [round(K/25), round(K/2)) of K steps")
+    layers: HalfOpen | Auto = Field(
+        default="auto", description="half-open; auto: the last max(1, round(L/6)) of L layers"
+    )
 
 
 class Record(Part):
@@ -73,16 +78,16 @@ class Record(Part):
 
     words: list[Text] = Field(default_factory=list, description="words of the prompts; none means every word")
     directions: list[Literal["vt", "tv"]] = Field(default=["vt", "tv"], min_length=1)
-    layers: HalfOpen | Auto = Field("auto", description="half-open; auto: all")
-    steps: HalfOpen | Auto = Field("auto", description="half-open; auto: all")
+    layers: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
+    steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
     heads: Literal["mean", "each"] = "mean"
-    mass: bool = Field(True, description="region masses as well")
+    mass: bool = Field(default=True, description="region masses as well")
 
 
 class Output(Part):
     """The video files."""
 
-    fps: int = Field(8, ge=1, le=120)
+    fps: int = Field(default=8, ge=1, le=120)
 
 
 class Recipe(Part):
@@ -91,7 +96,7 @@ class Recipe(Part):
     schema_version: Literal[1]
     name: Text
     description: str = ""
-    model: Text = Field("miniature", description="miniature, a pipeline folder or a hub id")
+    model: Text = Field(default="miniature", description="miniature, a pipeline folder or a hub id")
     prompts: list[Text] = Field(min_length=1)
     sampler: Sampler = Sampler()
     segments: Segments | None = None

@@ -25,6 +25,7 @@ from probe.provenance import provenance
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.recorder import Recorder, finish_video
+from probe.site import chosen
 from probe.store import Run, RunWriter, refuse_taken
 from probe.tracer import Traced, trace
 from recipes import parse
@@ -170,9 +171,9 @@ def _map_bytes(job: Job, maps: WordMaps | None) -> float:
     where = job.record_where()
     words = len(maps.words) or max(len(text.split()) for text in job.recipe.prompts)
     heads = job.size.heads if maps.per_head else 1
-    assert isinstance(where.steps, range) and isinstance(where.layers, range)
-    clips = sum(rows // 2 for step, rows in enumerate(_rows(job)) if step in where.steps)
-    return clips * len(where.layers) * heads * words * len(maps.directions) * job.size.layout.grid.size
+    steps, layers = chosen(where.steps, job.steps), chosen(where.layers, job.size.layers)
+    clips = sum(rows // 2 for step, rows in enumerate(_rows(job)) if step in steps)
+    return clips * len(layers) * heads * words * len(maps.directions) * job.size.layout.grid.size
 
 
 def _range(span: range) -> str:
@@ -181,4 +182,8 @@ def _range(span: range) -> str:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     kinds = (str, int, float, bool, type(None))
-    return {k: v for k, v in config.items() if isinstance(v, kinds) and not k.startswith("_") and not isinstance(v, np.generic)}
+    return {
+        k: v
+        for k, v in config.items()
+        if isinstance(v, kinds) and not k.startswith("_") and not isinstance(v, np.generic)
+    }

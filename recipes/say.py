@@ -90,7 +90,9 @@ def as_yaml_list(words: Sequence[str]) -> str:
 
 
 def quiet_libraries() -> None:
-    """No loading bars or hints from the model libraries: the run has its own bar. Ours to call before they are imported."""
+    """No loading bars or hints from the model libraries: the run has its own bar. Ours to call before they are
+    imported.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -104,7 +106,7 @@ def quiet_libraries() -> None:
 def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         whole = all(isinstance(v, int) for v in value) and len(value) > 4
         return f"{value[0]} to {value[-1]} ({len(value)})" if whole else ", ".join(str(v) for v in value)
     return str(value)

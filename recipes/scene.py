@@ -243,7 +243,7 @@ def classify(clip: Clip) -> Verdict | None:
 
 def _largest(mask: Mask) -> Mask:
     """The largest connected part of one frame, empty if below ``MIN_AREA``."""
-    parts = label(mask, connectivity=1)
+    parts = np.asarray(label(mask, connectivity=1))
     areas = np.bincount(parts.ravel())[1:]
     if not areas.size or areas.max() < MIN_AREA:
         return np.zeros_like(mask)

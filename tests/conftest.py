@@ -1,4 +1,24 @@
+"""Keeps the tests off the network, and says at the end how long each folder of tests took."""
+
+from __future__ import annotations
+
 import os
+from collections import defaultdict
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+_seconds: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add the time of one set-up, call or tear-down to its folder."""
+    _seconds[report.nodeid.partition("::")[0].rpartition("/")[0]] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the folders, slowest first."""
+    for folder, seconds in sorted(_seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{seconds:7.1f} s  {folder}/")

@@ -18,7 +18,9 @@ def weights(q: Tensor, k: Tensor) -> Tensor:
 
 @contextmanager
 def patched_attention(replacement: Callable[..., Tensor]):
-    """F.scaled_dot_product_attention replaced by `replacement(plain, q, k, v, **rest)`, without any of the project's code."""
+    """F.scaled_dot_product_attention replaced by `replacement(plain, q, k, v, **rest)`, without any of the project's
+    code.
+    """
     plain = F.scaled_dot_product_attention
 
     def call(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
@@ -32,7 +34,9 @@ def patched_attention(replacement: Callable[..., Tensor]):
 
 
 class JointCalls:
-    """Counts the joint-attention calls of a transformer (text encoders also use SDPA) by their length; gives (step, layer)."""
+    """Counts the joint-attention calls of a transformer (text encoders also use SDPA) by their length; gives (step,
+    layer).
+    """
 
     def __init__(self, layers: int, length: int) -> None:
         self.layers, self.length, self.count = layers, length, 0

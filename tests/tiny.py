@@ -17,11 +17,13 @@ from probe.models.family import family_of
 from probe.models.load import with_defaults
 
 TEXT = 12
-WORDS = "a the cat dog red blue square circle runs sits left right on grass snow and".split()
+WORDS = ["a", "the", "cat", "dog", "red", "blue", "runs", "sits", "left", "right", "on", "grass", "snow", "and"]
 PROMPT, OTHER = "a red cat runs left", "a blue dog sits on snow"
 
 
-def transformer(rotary: bool = False, layers: int = 3, dtype: torch.dtype = torch.float32) -> CogVideoXTransformer3DModel:
+def transformer(
+    rotary: bool = False, layers: int = 3, dtype: torch.dtype = torch.float32
+) -> CogVideoXTransformer3DModel:
     """3 layers, 2 heads of 16; clips of 3 latent frames, 8 x 8 latent pixels, 4 x 4 patches."""
     torch.manual_seed(1)
     model = CogVideoXTransformer3DModel(

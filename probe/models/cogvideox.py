@@ -1,4 +1,6 @@
-"""CogVideoX: 2B (sincos positions), 5B (rotary) and the miniature; text tokens first, one joint attention per block, no mask."""
+"""CogVideoX: 2B (sincos positions), 5B (rotary) and the miniature; text tokens first, one joint attention per block,
+no mask.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def _call_defaults(pipe: Any) -> dict[str, Any]:
 
 
 def _probe_inputs(pipe: Any) -> dict[str, Any]:
-    """Random inputs at the model's own spatial size (its positions may be fixed), one clip (two token frames if rotary)."""
+    """Random inputs at the model's own spatial size (its positions may be fixed), one clip (two token frames if
+    rotary).
+    """
     model = pipe.transformer
     config, parameter = model.config, next(model.parameters())
     generator = torch.Generator().manual_seed(0)

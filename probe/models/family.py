@@ -18,9 +18,9 @@ from probe.site import Branch
 class Family:
     """One model family.
 
-    `transformer` is the diffusers class name, `blocks` and `attention` where its joint-attention modules are. The functions read
-    the layout of the joint sequence, the text length, and the branches of a stock pipeline call; `probe_inputs` makes
-    small random inputs for a self-check.
+    `transformer` is the diffusers class name, `blocks` and `attention` where its joint-attention modules are. The
+    functions read the layout of the joint sequence, the text length, and the branches of a stock pipeline call;
+    `probe_inputs` makes small random inputs for a self-check.
     """
 
     name: str

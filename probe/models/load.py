@@ -30,12 +30,14 @@ def locate(model: str) -> str:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ModelError(
-                f"A pipeline folder must hold model_index.json. Got {model}, which has none. Give the folder that save_pretrained made."
+                f"A pipeline folder must hold model_index.json. Got {model}, which has none. Give the folder that "
+                "save_pretrained made."
             )
         return str(folder)
     if looks_local:
         raise ModelError(
-            f"A model must be 'miniature', a pipeline folder or a hub id (owner/name). Got {model}, which is none of these."
+            f"A model must be 'miniature', a pipeline folder or a hub id (owner/name). Got {model}, which is none "
+            "of these."
         )
     return model
 
@@ -43,8 +45,8 @@ def locate(model: str) -> str:
 def load(model: str = "miniature", *, device: str | None = None, dtype: Any = None, **kwargs: Any) -> Any:
     """A diffusers pipeline of a known family, in evaluation mode on `device` (CUDA if there is one).
 
-    It is the stock class; only the defaults of its call are filled in: what the model needs (`max_sequence_length`) and what its
-    card recommends (`miniature.json`). `dtype` defaults to float32 on the CPU and bfloat16 on a GPU.
+    It is the stock class; only the defaults of its call are filled in: what the model needs (`max_sequence_length`)
+    and what its card recommends (`miniature.json`). `dtype` defaults to float32 on the CPU and bfloat16 on a GPU.
 
     Raises:
         ModelError: not found, not loadable (the cause is named), or of an unknown family.
@@ -89,4 +91,6 @@ def with_defaults(pipe: Any, defaults: dict[str, Any]) -> None:
         return stock.__call__(self, *args, **(defaults | kwargs))
 
     call.__doc__ = stock.__call__.__doc__
-    pipe.__class__ = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__, "defaults": defaults})
+    pipe.__class__ = type(
+        stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__, "defaults": defaults}
+    )

@@ -1,4 +1,5 @@
-"""A model proves itself: its layout is right, every attention call is seen once, nothing changes unasked, and every edit counts.
+"""A model proves itself: its layout is right, every attention call is seen once, nothing changes unasked, and every
+edit counts.
 
 `mmdit check` runs this on load. Each finding that fails says in its own sentence what is wrong.
 """
@@ -32,7 +33,8 @@ class Finding:
 
 
 def prove(pipe: Any, tap: Tap | None = None) -> list[Finding]:
-    """Checks on one small forward of the pipeline's transformer, each resting on those before; the first failure is the last one made.
+    """Checks on one small forward of the pipeline's transformer, each resting on those before; the first failure is
+    the last one made.
 
     `tap` is an open tap to examine instead of a fresh one. A check that stops on an error fails with its sentence.
     """
@@ -102,17 +104,20 @@ def _every_call_once(bench: _Bench) -> str:
     doubled = [layer for layer, n in calls.items() if n > 1]
     if len(missed) == bench.layers:
         raise ProofError(
-            "Every layer must call its attention through the tap. Got no call at all: the processors were replaced after tapping, as "
+            "Every layer must call its attention through the tap. Got no call at all: the processors were "
+            "replaced after tapping, as "
             "fuse_qkv_projections() does. Undo that (unfuse_qkv_projections) and tap again."
         )
     if missed:
         raise ProofError(
-            f"Every layer must call its attention through the tap. Got none from layers {missed}: these bypass it with another "
+            f"Every layer must call its attention through the tap. Got none from layers {missed}: these bypass it "
+            "with another "
             "processor. Set that processor before tapping."
         )
     if doubled:
         raise ProofError(
-            f"Every layer must attend once per forward. Got more calls from layers {sorted(doubled)}. The family's description "
+            f"Every layer must attend once per forward. Got more calls from layers {sorted(doubled)}. The "
+            "family's description "
             "must name these calls."
         )
     return f"each of {bench.layers} layers seen exactly once"
@@ -143,7 +148,8 @@ def _same_rows(name: str, expected: slice, plain: Tensor, moved: Tensor) -> None
     if changed != list(range(expected.start, expected.stop)):
         got = f"rows {changed[0]} to {changed[-1]} ({len(changed)})" if changed else "no row"
         raise ProofError(
-            f"The layout must name the rows of {name} tokens. Got {expected.start} to {expected.stop - 1}, but the model keeps them in "
+            f"The layout must name the rows of {name} tokens. Got {expected.start} to {expected.stop - 1}, but "
+            "the model keeps them in "
             f"{got}. Text and video are in another order, or the grid is another."
         )
 
@@ -159,7 +165,8 @@ def _nothing_changes(bench: _Bench) -> str:
         _install(tap, rerouted)
     if not torch.equal(tapped, plain):
         raise ProofError(
-            f"The tapped model must give the plain model's bits. Got a difference of {(tapped - plain).abs().max():.1e}. "
+            "The tapped model must give the plain model's bits. Got a difference of "
+            f"{(tapped - plain).abs().max():.1e}. "
             "Another wrapper changes the model."
         )
     return "the tapped model is bit-identical to the plain one"
@@ -180,7 +187,8 @@ def _every_edit_counts(bench: _Bench) -> str:
 
         if torch.equal(bench.forward(double), plain):
             raise ProofError(
-                f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its output projection is zero, "
+                f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its "
+                "output projection is zero, "
                 "or its result is unused. Check the checkpoint."
             )
     return f"an edit in each of {bench.layers} layers changes the output"

@@ -1,0 +1,1 @@
+"""Readouts: one streaming reduction of attention per file."""

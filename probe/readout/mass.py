@@ -1,4 +1,6 @@
-"""Region mass: how the attention of text, padding and video rows is shared among text, padding, its own frame and other frames."""
+"""Region mass: how the attention of text, padding and video rows is shared among text, padding, its own frame and
+other frames.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ COLUMNS = ("text", "padding", "video_same_frame", "video_other_frames")
 class RegionMass(Handler):
     """`mass(R, C)`: mean over rows of R of the probability that falls on columns C. Each row sums to one.
 
-    Rows and columns are ROWS x COLUMNS. Text rows have no frame of their own: all their video mass counts as other frames. A row group
-    without tokens (a prompt that fills the whole text length has no padding) is NaN. Same-frame mass is exact by one small attention per
-    frame (performance.md's partition identity: exp(lse_S - lse)); other frames are the remainder.
+    Rows and columns are ROWS x COLUMNS. Text rows have no frame of their own: all their video mass counts as other
+    frames. A row group without tokens (a prompt that fills the whole text length has no padding) is NaN. Same-frame
+    mass is exact by one small attention per frame (performance.md's partition identity: exp(lse_S - lse)); other
+    frames are the remainder.
 
-    After a run `masses[(step, branch, layer)]` is float32 [H, 3, 4]. Conditional branches only, unless `where.branches` says otherwise.
+    After a run `masses[(step, branch, layer)]` is float32 [H, 3, 4]. Conditional branches only, unless
+    `where.branches` says otherwise.
     """
 
     where: Where = field(default_factory=Where)
@@ -64,7 +68,9 @@ def _table(call: AttentionCall, row: int, where: Where) -> Tensor:
     layout, heads = call.layout, list(where.head_list(call.q.shape[1]))
     prompt = call.prompt_of(call.branches[row])
     if prompt is None:
-        raise WordError("Region mass must know the prompt, to tell padding apart. Got a run without one. Pass prompt=...")
+        raise WordError(
+            "Region mass must know the prompt, to tell padding apart. Got a run without one. Pass prompt=..."
+        )
     q, k, v = (x[row : row + 1, heads] for x in (call.q, call.k, call.v))
     lse = call.lse()[row : row + 1, heads]
     text, padding = (torch.from_numpy(r.mask(layout, prompt)).to(q.device) for r in (region.text(), region.padding()))

@@ -27,16 +27,17 @@ CONDITIONAL = Which(guided=True)
 class WordMaps(Handler):
     """Lift of each word on each video token, exact, streamed; 1.0 = uniform attention.
 
-    `vt` (video rows, text columns): `sum_{j in word} p_ij * n_keys / |word|` for video token i, the softmax joint over all keys.
-    `tv` (text rows, video columns): `mean_{i in word} p_ij * n_keys` for video token j.
-    `n_keys` counts all keys of the joint softmax, padding included (CogVideoX does not mask it). DiTCtrl sums the columns of a word and
-    uses `vt` only; its map is `vt * |word| / n_keys`, min-max normalised per frame.
+    `vt` (video rows, text columns): `sum_{j in word} p_ij * n_keys / |word|` for video token i, the softmax joint
+    over all keys. `tv` (text rows, video columns): `mean_{i in word} p_ij * n_keys` for video token j. `n_keys`
+    counts all keys of the joint softmax, padding included (CogVideoX does not mask it). DiTCtrl sums the columns of a
+    word and uses `vt` only; its map is `vt * |word| / n_keys`, min-max normalised per frame.
 
-    `per_head` keeps heads apart, else their mean is kept. Conditional branches only, unless `where.branches` says otherwise. A branch
-    shows the words of its prompt (of the nearer one when interpolated); words it does not have are left out.
+    `per_head` keeps heads apart, else their mean is kept. Conditional branches only, unless `where.branches` says
+    otherwise. A branch shows the words of its prompt (of the nearer one when interpolated); words it does not have
+    are left out.
 
-    After a run `maps[(step, branch, layer)]` is a dict: direction -> float32 [heads or 1, words, F, Y, X], in the order of
-    `words_of[branch]`.
+    After a run `maps[(step, branch, layer)]` is a dict: direction -> float32 [heads or 1, words, F, Y, X], in the
+    order of `words_of[branch]`.
     """
 
     words: tuple[str, ...]
@@ -80,7 +81,8 @@ class WordMaps(Handler):
             prompt = call.prompt_of(branch)
             if prompt is None:
                 raise WordError(
-                    f"Word maps must know the prompt. Got a run without one for {self}. Pass prompt=..., or prompts to run()."
+                    f"Word maps must know the prompt. Got a run without one for {self}. Pass prompt=..., or "
+                    "prompts to run()."
                 )
             words = tuple(w for w in self.words if prompt.has(w)) if self.words else tuple(dict.fromkeys(prompt.words))
             if words:
@@ -93,7 +95,9 @@ class WordMaps(Handler):
         """A few columns and a few rows of the matrix."""
         return len(self.directions) * max(1, len(self.words)) / layout.total
 
-    def word_map(self, word: str, step: int, layer: int, branch: Branch, direction: Direction = "vt") -> NDArray[np.float32]:
+    def word_map(
+        self, word: str, step: int, layer: int, branch: Branch, direction: Direction = "vt"
+    ) -> NDArray[np.float32]:
         """Head-mean lift [F, Y, X] of one word."""
         index = self.words_of[branch].index(word)
         return self.maps[step, branch, layer][direction][:, index].mean(0)

@@ -1,4 +1,6 @@
-"""The loop against the stock pipeline, bit for bit; resume; guidance fixtures; Transfer against an independent patch."""
+"""The loop against the stock pipeline, bit for bit; resume; guidance fixtures; Transfer against an independent
+patch.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ def pipe(request):
     return tiny.pipeline(rotary=request.param)
 
 
-def ours(pipe, sampler, steps=4, guidance=3.0, prompts=(tiny.PROMPT,), handlers=(), until=None, start=None, dynamic=False):
+def ours(
+    pipe, sampler, steps=4, guidance=3.0, prompts=(tiny.PROMPT,), handlers=(), until=None, start=None, dynamic=False
+):
     loop = Loop(pipe, steps, seed=0, sampler=sampler)
     text = loop.encode(prompts)
     negative = loop.encode([""] * len(prompts)) if guidance > 1 else None

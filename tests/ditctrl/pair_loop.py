@@ -1,4 +1,5 @@
-"""DiTCtrl's schedule written out literally: one forward of four clips per pair, float64, nothing shared, no code of the project.
+"""DiTCtrl's schedule written out literally: one forward of four clips per pair, float64, nothing shared, no code of
+the project.
 
 Follows the authors' sampler (sampling.py, VPSDEDPMPP2MSampler_MultiPrompt) as the specification describes it.
 """
@@ -81,7 +82,9 @@ class PairLoop:
             return self.model(x, text, torch.full((4,), t), image_rotary_emb=self.rotary, return_dict=False)[0]
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """SDE-DPM-Solver++ 2M over the long latent; two draws a step but for the first, of which the first is thrown away."""
+        """SDE-DPM-Solver++ 2M over the long latent; two draws a step but for the first, of which the first is thrown
+        away.
+        """
         previous, h_before = None, None
         for step, t in enumerate(self.timesteps):
             x0 = self.x0(x, step)

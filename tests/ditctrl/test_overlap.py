@@ -9,7 +9,9 @@ from ditctrl.segment import Segments
 
 
 def test_the_triangle_of_13_frames():
-    assert torch.allclose(triangle(13) * 13, torch.tensor([1.0, 3, 5, 7, 9, 11, 13, 11, 9, 7, 5, 3, 1], dtype=torch.float64))
+    assert torch.allclose(
+        triangle(13) * 13, torch.tensor([1.0, 3, 5, 7, 9, 11, 13, 11, 9, 7, 5, 3, 1], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(

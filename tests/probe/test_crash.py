@@ -21,7 +21,7 @@ import pytest
 
 from probe.errors import StoreError
 from probe.folder import live_writer, step_files
-from probe.store import Run, RunWriter
+from probe.store import Run, RunWriter, refuse_taken
 from tests.probe.samples import lift, record, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -248,6 +248,9 @@ def test_a_taken_folder_is_refused_and_force_replaces_a_run(tmp_path):
     said = "run folder must be new or empty. Got .*run, which holds 3 entries. Choose another path, or pass --force"
     with pytest.raises(StoreError, match=said):
         RunWriter.create(tmp_path / "run", {}, "")
+    with pytest.raises(StoreError, match=said):
+        refuse_taken(tmp_path / "run")
+    refuse_taken(tmp_path / "run", force=True)
     assert Run(tmp_path / "run").steps == (0, 1, 2)
     RunWriter.create(tmp_path / "run", {"seed": 2}, "new", force=True).finish("done")
     run = Run(tmp_path / "run")
@@ -265,6 +268,9 @@ def test_force_never_touches_a_foreign_folder(tmp_path, text):
 
 
 def test_an_empty_folder_is_taken(tmp_path):
+    refuse_taken(tmp_path)
+    refuse_taken(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     RunWriter.create(tmp_path, {}, "").finish("done")
     assert Run(tmp_path).status == "done"
 

@@ -1,4 +1,6 @@
-"""The seam: bit-identical without handlers and while recording, exact against an independent patch, undone after errors."""
+"""The seam: bit-identical without handlers and while recording, exact against an independent patch, undone after
+errors.
+"""
 
 import threading
 from dataclasses import dataclass, field
@@ -180,7 +182,7 @@ def test_fusing_while_traced_is_noticed():
 
 
 def test_plain_nnsight_on_the_tap(pipe):
-    with Tap(pipe.transformer, family_of(pipe.transformer)) as tap:
+    with Tap(pipe.transformer, family_of(pipe.transformer)) as tap:  # noqa: SIM117 (nnsight reads the block's source)
         with tap.nnsight.trace(True, fn=lambda _: tiny.latents(pipe, steps=1)):
             out = tap.layers[1].output.save()
     assert out.shape == (2, 2, TOKENS, 16)
