@@ -32,7 +32,8 @@ class Run:
     """One run folder.
 
     In every reader, `step`, `layer` and `head` are numbers as the model counts them, and None is the mean over what was
-    recorded; `segment` None is the first that has what is asked for; `role` None is plain, else source, else target.
+    recorded; `segment` None is the first that has what is asked for; `role` None is, step by step, plain, else source,
+    else target.
     Steps weigh the same in a mean, however many layers each recorded.
 
     Raises:
@@ -108,17 +109,17 @@ class Run:
 
     def segment_attrs(self, segment: int = 0, role: str | None = None) -> dict[str, Any]:
         """What the writer said about a segment: start frame, grid, prompt, weight of the next prompt, guided."""
-        place = self._index.place(segment, role)
+        place = self._index.places(segment, role)[0]
         return self._index.first(place).segments[place].attrs
 
     def segment_words(self, segment: int = 0, role: str | None = None) -> tuple[str, ...]:
         """The recorded words of one segment, in the order of the W axes."""
-        place = self._index.place(segment, role)
+        place = self._index.places(segment, role)[0]
         return self._index.first(place).segments[place].words
 
     def tokens(self, segment: int = 0, role: str | None = None) -> dict[str, np.ndarray]:
         """Text tokens of a segment's prompt, arrays [N]: text, id, word, is_pad."""
-        place = self._index.place(segment, role)
+        place = self._index.places(segment, role)[0]
         return read.read_tokens(self._index.first(place).path, place)
 
     def word_map(
@@ -139,12 +140,12 @@ class Run:
         Raises:
             WordError: the word was not recorded.
         """
-        place = self._index.place(segment, role, word)
-        sources = self._index.sources(place, f"maps/{direction}", step, layer, head, word)
+        places = self._index.places(segment, role, word)
+        sources = self._index.sources(places, f"maps/{direction}", step, layer, head, word)
 
         def one(source: Source) -> np.ndarray:
             at = source.segment.words.index(word)
-            return read.read_map(source.path, place, direction, source.layer, head, at)
+            return read.read_map(source.path, source.place, direction, source.layer, head, at)
 
         return mean_over(sources, one)
 
@@ -158,13 +159,12 @@ class Run:
         role: str | None = None,
     ) -> np.ndarray:
         """Region mass float32 [3, 4], rows (text, padding, video) x columns (text, padding, same, other frames)."""
-        return self._array("mass", step, layer, head, self._index.place(segment, role))
+        return self._array("mass", step, layer, head, self._index.places(segment, role))
 
     def mass_grid(self, step: int, segment: int = 0, role: str | None = None) -> np.ndarray:
         """Region mass of every recorded layer and head of one step, float32 [L, H, 3, 4]."""
-        place = self._index.place(segment, role)
-        (source,) = self._index.sources(place, "mass", step)
-        return read.read_array(source.path, place, "mass")
+        (source,) = self._index.sources(self._index.places(segment, role), "mass", step)
+        return read.read_array(source.path, source.place, "mass")
 
     def frames(
         self,
@@ -176,7 +176,7 @@ class Run:
         role: str | None = None,
     ) -> np.ndarray:
         """Frame by frame attention float32 [F, C], rows look; C = F, or F + 1 with the text last."""
-        return self._array("frames", step, layer, head, self._index.place(segment, role))
+        return self._array("frames", step, layer, head, self._index.places(segment, role))
 
     def word_frames(
         self,
@@ -193,22 +193,22 @@ class Run:
         Raises:
             WordError: the word was not recorded.
         """
-        place = self._index.place(segment, role, word)
-        sources = self._index.sources(place, "word_frames", step, layer, head, word)
+        places = self._index.places(segment, role, word)
+        sources = self._index.sources(places, "word_frames", step, layer, head, word)
 
         def one(source: Source) -> np.ndarray:
-            found = _select(read.read_array(source.path, place, "word_frames"), source.layer, head)
+            found = _select(read.read_array(source.path, source.place, "word_frames"), source.layer, head)
             return found if word is None else found[source.segment.words.index(word)]
 
         return mean_over(sources, one)
 
     def qk(self, layer: int, step: int, segment: int = 0, role: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Query and key float16 [H, N, D] of one layer and step, after normalisation and rotation."""
-        place = self._index.place(segment, role)
         head = self._index.head(step)
-        kept = head.segments[place].qk if place in head.segments else ()
+        there = [place for place in self._index.places(segment, role) if place in head.segments]
+        kept = head.segments[there[0]].qk if there else ()
         check("layer of query and key", layer, kept)
-        query, key = (read.read_array(head.path, place, f"qk/layer_{layer:02d}/{name}") for name in "qk")
+        query, key = (read.read_array(head.path, there[0], f"qk/layer_{layer:02d}/{name}") for name in "qk")
         return query, key
 
     def resume(self) -> tuple[int, dict[str, Any]]:
@@ -219,9 +219,11 @@ class Run:
             raise StoreError(f"run must hold a resume state. Got {last} in {self.path}. Start it again.")
         return steps[-1], read.read_resume(self._index.head(steps[-1]).path)
 
-    def _array(self, name: str, step: int | None, layer: int | None, head: int | None, place: Place) -> np.ndarray:
-        sources = self._index.sources(place, name, step, layer, head)
-        return mean_over(sources, lambda at: _select(read.read_array(at.path, place, name), at.layer, head))
+    def _array(
+        self, name: str, step: int | None, layer: int | None, head: int | None, places: tuple[Place, ...]
+    ) -> np.ndarray:
+        sources = self._index.sources(places, name, step, layer, head)
+        return mean_over(sources, lambda at: _select(read.read_array(at.path, at.place, name), at.layer, head))
 
 
 def list_runs(folder: str | os.PathLike[str]) -> list[Run]:

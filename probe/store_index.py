@@ -20,6 +20,7 @@ class Source:
     """One step file that answers a request, and the layer's place on its L axis (None: all layers)."""
 
     path: Path
+    place: Place
     segment: SegmentHead
     layer: int | None
 
@@ -57,8 +58,10 @@ class Index:
         """What every step that opens holds."""
         return [self.head(step) for step in self.steps()]
 
-    def place(self, segment: int | None, role: str | None, word: str | None = None) -> Place:
-        """Choose the segment and role that a request means: the first that has the word; plain, source, then target.
+    def places(self, segment: int | None, role: str | None, word: str | None = None) -> tuple[Place, ...]:
+        """What a request means: one segment, the first that has the word, and its roles; plain, source, then target.
+
+        A segment can be plain in one step and source or target in another: each step answers with the first it has.
 
         Raises:
             UsageError: the segment or role was not recorded.
@@ -78,7 +81,8 @@ class Index:
             having = [place for place, names in words.items() if word in names]
             check("word", word, union(words.values()), WordError)
             words = {place: words[place] for place in having}
-        return min(words, key=lambda place: (place[0], ROLES.index(place[1])))
+        found = sorted(words, key=lambda place: (place[0], ROLES.index(place[1])))
+        return tuple(place for place in found if place[0] == found[0][0])
 
     def first(self, place: Place) -> StepHead:
         """The first step that holds a segment and role."""
@@ -86,14 +90,14 @@ class Index:
 
     def sources(
         self,
-        place: Place,
+        wanted: tuple[Place, ...],
         name: str,
         step: int | None = None,
         layer: int | None = None,
         head: int | None = None,
         word: str | None = None,
     ) -> list[Source]:
-        """Return the step files that hold array `name` of a place for the step, layer, head and word asked for.
+        """Return the step files that hold array `name` of one of the places, for what else is asked for.
 
         Raises:
             UsageError: one of them was not recorded; the text lists what was.
@@ -101,7 +105,8 @@ class Index:
         """
         if step is not None:
             self.head(step)  # says by itself what is wrong with a missing or damaged file
-        places = {at: found for at in self.steps() if (found := self.head(at).segments.get(place))}
+        chosen = {at: place for at in self.steps() if (place := self._first_of(wanted, at)) is not None}
+        places = {at: self.head(at).segments[place] for at, place in chosen.items()}
         _check_name(name, union(found.heads for found in places.values()))
         places = {at: found for at, found in places.items() if name in found.heads and word in (None, *found.words)}
         if step is not None:
@@ -112,9 +117,13 @@ class Index:
             places = {at: found for at, found in places.items() if layer in found.layers}
         _check_head(name, head, places.values())
         return [
-            Source(self.head(at).path, found, None if layer is None else found.layers.index(layer))
+            Source(self.head(at).path, chosen[at], found, None if layer is None else found.layers.index(layer))
             for at, found in places.items()
         ]
+
+    def _first_of(self, wanted: tuple[Place, ...], step: int) -> Place | None:
+        segments = self.head(step).segments
+        return next((place for place in wanted if place in segments), None)
 
     def _opens(self, path: Path) -> bool:
         return self._is_known(path) or opens(path)

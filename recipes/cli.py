@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -69,7 +70,7 @@ def _run(
     from recipes import parse
 
     recipe = parse.load(name, sets or (), values)
-    say.quiet_libraries()
+    _quiet_libraries()
     from recipes.job import prepare
     from recipes.run import default_folder, execute, predicted
 
@@ -77,7 +78,10 @@ def _run(
         say.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
         return
     folder = out or default_folder(recipe)
-    done = execute(recipe, folder, force, quiet=format == "json")
+    try:
+        done = execute(recipe, folder, force, quiet=format == "json")
+    except KeyboardInterrupt:
+        raise MmditError(say.interrupted(folder)) from None
     say.facts("done", say.outcome(done), format)
 
 
@@ -150,7 +154,7 @@ def check(
     format: Format = "text",
 ) -> None:
     """Prove that this model's attention is read and rewritten exactly; exit 1 if not."""
-    say.quiet_libraries()
+    _quiet_libraries()
     from probe.models.load import load
     from probe.models.prove import prove
 
@@ -166,6 +170,17 @@ def doctor(format: Format = "text") -> None:
     from recipes.doctor import examine
 
     say.facts("doctor", examine(), format)
+
+
+def _quiet_libraries() -> None:
+    """No loading bars or hints from the model libraries: a run has its own bar. To be called before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -138,8 +138,7 @@ def _sentence(error: ValidationError, origin: str) -> str:
         return f"{origin}: every key must be known. Got {place}. {hint}"
     if first["type"] == "missing":
         return f"{origin}: {place} must be given. Got nothing. Add it."
-    said = first["msg"].removeprefix("Value error, ")
-    said = said[0].lower() + said[1:]
+    said = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
     rule = said if said.startswith("must") else f"must be right: {said}"
     got = f" Got {first['input']!r}." if steps else ""
     return f"{origin}: {place} {rule}.{got} See `mmdit recipes schema`."
@@ -147,7 +146,9 @@ def _sentence(error: ValidationError, origin: str) -> str:
 
 def _is_tag(part: Any) -> bool:
     """pydantic adds the names of union members to a location; they are no keys of the recipe."""
-    return isinstance(part, str) and (part in ("int", "float", "literal['auto']", "transfer") or "[" in part)
+    return isinstance(part, str) and (
+        part in ("int", "float", "transfer") or "[" in part or part.startswith("constrained-")
+    )
 
 
 def _known_keys(steps: Sequence[Any]) -> list[str]:

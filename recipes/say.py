@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from probe.store import Run
+if TYPE_CHECKING:
+    from probe.store import Run
 
 
 def facts(title: str, values: Mapping[str, Any], format: str = "text") -> None:
@@ -71,6 +72,13 @@ def outcome(run: Run) -> dict[str, Any]:
     }
 
 
+def interrupted(folder: Path) -> str:
+    """What Ctrl-C left behind."""
+    steps = len(list(folder.glob("steps/*.h5")))
+    kept = f"{steps} finished steps stay readable in {folder}" if steps else "nothing was recorded yet"
+    return f"The run must finish to give a video. Got an interrupt: {kept}. Run it again with --force to start over."
+
+
 def contents(run: Run) -> dict[str, Any]:
     """What can be read from a run."""
     return {
@@ -87,20 +95,6 @@ def contents(run: Run) -> dict[str, Any]:
 def as_yaml_list(words: Sequence[str]) -> str:
     """Words as a YAML flow list."""
     return json.dumps(list(words), ensure_ascii=False)
-
-
-def quiet_libraries() -> None:
-    """No loading bars or hints from the model libraries: the run has its own bar. Ours to call before they are
-    imported.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _short(value: Any) -> str:

@@ -20,8 +20,8 @@ HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate", "torchme
 """Importing any of these imports torch."""
 
 LIGHT = (
-    *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "measure", "mask")),
-    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "cli")),
+    *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film")),
+    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "maps", "say", "cli")),
     "dashboards/*",
 )
 """Files that must be importable without torch."""
