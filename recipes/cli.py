@@ -173,7 +173,7 @@ def doctor(format: Format = "text") -> None:
 
 
 def _quiet_libraries() -> None:
-    """No loading bars or hints from the model libraries: a run has its own bar. To be called before they are imported."""
+    """No loading bars or hints from the model libraries: a run has its own. Before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from diffusers.utils import logging as diffusers_logging
