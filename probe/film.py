@@ -105,15 +105,18 @@ def heat(values: NDArray[np.floating], peak: float | None = None) -> Frames:
     return (_HEAT[low] * (1 - share) + _HEAT[low + 1] * share).round().astype(np.uint8)
 
 
-def overlay(frames: Frames, lift: NDArray[np.floating], opacity: float = 0.65) -> Frames:
+def overlay(frames: Frames, lift: NDArray[np.floating], opacity: float = 0.9) -> Frames:
     """Heat of a word map [T, Y, X] over the pixel frames it belongs to; one scale for the whole clip.
+
+    A lift of 0 leaves the frame as it is, the peak covers it by `opacity`.
 
     Token frame 0 is pixel frame 0; token frame k covers pixel frames 4k-3 .. 4k (or whatever multiple fits).
     """
     tokens = frames_of_tokens(len(frames), len(lift))
     zoom = (frames.shape[1] // lift.shape[1], frames.shape[2] // lift.shape[2])
-    colours = heat(lift).repeat(zoom[0], 1).repeat(zoom[1], 2)[tokens]
-    return (frames * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+    grid = np.clip(lift, 0, None).repeat(zoom[0], 1).repeat(zoom[1], 2)[tokens]
+    strength = opacity * grid[..., None] / (grid.max() or 1.0)
+    return (frames * (1 - strength) + heat(grid) * strength).round().astype(np.uint8)
 
 
 def frames_of_tokens(pixel_frames: int, token_frames: int) -> NDArray[np.intp]:

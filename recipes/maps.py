@@ -18,13 +18,16 @@ from probe.store import Run
 
 @dataclass(frozen=True)
 class Picked:
-    """One word map [F, Y, X], lift (1.0 = uniform), and where in the run it is from; None is a mean."""
+    """One word map [F, Y, X], lift (1.0 = uniform), and where in the run it is from; None is the mean of all.
+
+    `segment` None is the whole video, frame by frame the mean of the segments that cover it.
+    """
 
     word: str
     layer: int | None
     step: int | None
     head: int | None
-    segment: int
+    segment: int | None
     direction: str
     lift: NDArray[np.float32]
 
@@ -37,18 +40,37 @@ class Picked:
             if value is not None
         ]
         place = ", ".join(parts) or "mean of all layers, steps, heads"
-        return f"{self.word} · {self.direction} · segment {self.segment} · {place}"
+        segment = "whole video" if self.segment is None else f"segment {self.segment}"
+        return f"{self.word} · {self.direction} · {segment} · {place}"
 
 
 def choose(
     run: Run, word: str, layer: int | None, step: int | None, head: int | None, segment: int | None, direction: str
 ) -> Picked:
-    """Read one map; `segment` None is the first that shows the word."""
-    if segment is None:
-        shown = [s for s, role in run.segments if word in run.segment_words(s, role)]
-        segment = shown[0] if shown else None
-    lift = run.word_map(word, layer=layer, step=step, head=head, segment=segment, direction=direction)
-    return Picked(word, layer, step, head, segment or 0, direction, lift)
+    """Read one map; `segment` None is the whole video, each frame the mean of the segments that show the word there.
+
+    Frames whose segments do not have the word are 0.
+    """
+
+    def read(number: int | None) -> NDArray[np.float32]:
+        return run.word_map(word, layer=layer, step=step, head=head, segment=number, direction=direction)
+
+    having = sorted({s for s, role in run.segments if word in run.segment_words(s, role)})
+    if segment is not None or len({s for s, _ in run.segments}) < 2 or not having:
+        return Picked(word, layer, step, head, segment or 0, direction, read(segment))
+    return Picked(word, layer, step, head, None, direction, _stitch(run, {s: read(s) for s in having}))
+
+
+def _stitch(run: Run, maps: dict[int, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Maps of segments [F, Y, X] laid over each other in the time of the whole video."""
+    starts = {segment: int(run.segment_attrs(segment)["start_frame"]) for segment, _ in run.segments}
+    frames, *place = next(iter(maps.values())).shape
+    total = np.zeros((max(starts.values()) + frames, *place), np.float32)
+    count = np.zeros((len(total), 1, 1), np.float32)
+    for segment, lift in maps.items():
+        total[starts[segment] : starts[segment] + frames] += lift
+        count[starts[segment] : starts[segment] + frames] += 1
+    return total / np.maximum(count, 1)
 
 
 def summary(picked: Picked) -> dict[str, Any]:
@@ -105,7 +127,7 @@ def _png(run: Run, picked: Picked, path: Path) -> None:
     frames, heated = _heat(run, picked)
     plain, notes = film.pick(frames, 9)
     rows = [film.Row("frames", plain), film.Row(picked.title, film.pick(heated, 9)[0], notes)]
-    film.contact_sheet(path, str(run.info["prompts"][0] if len(run.info["prompts"]) == 1 else run.path.name), rows)
+    film.contact_sheet(path, ", then ".join(run.info["prompts"]), rows)
 
 
 _WRITERS = {"npz": _npz, "csv": _csv, "gif": _gif, "mp4": _mp4, "png": _png}
@@ -117,9 +139,10 @@ def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
         raise UsageError(
             f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv."
         )
-    role = next(role for s, role in run.segments if s == picked.segment)
-    start = int(run.segment_attrs(picked.segment, role)["start_frame"])
     frames = np.asarray(iio.imread(run.video))
-    first = max(0, 4 * start - 3) if start else 0
+    if picked.segment is None:
+        return frames, film.overlay(frames, picked.lift)
+    start = int(run.segment_attrs(picked.segment)["start_frame"])
+    first = max(0, 4 * start - 3)
     shown = frames[first : first + 4 * (len(picked.lift) - 1) + 1]
     return shown, film.overlay(shown, picked.lift)

@@ -102,7 +102,7 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False)
         recorder = Recorder(writer, prompts, maps, mass, lambda branch: branch.segment * stride)
         with tqdm(total=job.steps, desc=recipe.name, unit="step", disable=quiet) as bar:
             state = _generate(job, loop, traced, _on_step(loop, traced, recorder, bar))
-        finish_video(writer.folder, loop.decode(state.latents)[0], recipe.output.fps, " → ".join(recipe.prompts))
+        finish_video(writer.folder, loop.decode(state.latents)[0], recipe.output.fps, ", then ".join(recipe.prompts))
         loop.close()
         writer.finish("done", seconds=round(time.perf_counter() - began, 1), clip_forwards=sum(_rows(job)))
     return Run(out)
