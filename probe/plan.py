@@ -86,10 +86,14 @@ class Plan:
         """Count that a handler met a call."""
         self._served[id(handler)] += 1
 
-    def refuse_unmet(self) -> None:
-        """After a run: raise if a handler met no call, so that nothing is a silent no-op."""
+    def refuse_unmet(self, first_step: int = 0) -> None:
+        """After a run: raise if a handler met no call, so that nothing is a silent no-op.
+
+        A run resumed at `first_step` does not ask for handlers whose steps lie before.
+        """
         for handler in self.handlers:
-            if not self._served[id(handler)]:
+            due = max(chosen(handler.where.steps, self.steps)) >= first_step
+            if due and not self._served[id(handler)]:
                 raise PlanError(
                     f"A handler must meet at least one attention call. Got {handler}, which met none in this run. "
                     "Check its steps, layers and branches."

@@ -82,6 +82,7 @@ class _Run:
             lambda: len(pipe.scheduler.timesteps), lambda batch: family.branches(batch, len(prompts) or None, pipe)
         )
         self.plan: Plan | None = None
+        self.first_step = 0
         self.layers_seen: set[int] = set()
 
     def forward(self, timestep: Tensor, batch: int, layout: TokenLayout) -> None:
@@ -94,6 +95,7 @@ class _Run:
                 f"of {batch}. Tell one branch per entry."
             )
         if self.plan is None:
+            self.first_step = self.clock.step
             self.plan = Plan(self.traced.handlers, self.clock.steps, len(self.tap.modules), self.prompts)
 
     def call(
@@ -112,7 +114,7 @@ class _Run:
                 "replaced after tapping, for example by fuse_qkv_projections(). Undo that first."
             )
         if self.plan is not None:
-            self.plan.refuse_unmet()
+            self.plan.refuse_unmet(self.first_step)
 
 
 def _follow(tap: Tap, drive: Callable[[], Any], run: _Run) -> Any:

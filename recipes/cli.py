@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,17 +73,35 @@ def _run(
     recipe = parse.load(name, sets or (), values)
     _quiet_libraries()
     from recipes.job import prepare
-    from recipes.run import default_folder, execute, predicted
+    from recipes.run import default_folder, execute
 
     if dry:
+        from recipes.catalogue import predicted
+
         say.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
         return
     folder = out or default_folder(recipe)
+    _watch(folder, lambda: execute(recipe, folder, force, quiet=format == "json"), format)
+
+
+def _watch(folder: Path, work: Callable[[], Any], format: str) -> None:
     try:
-        done = execute(recipe, folder, force, quiet=format == "json")
+        done = work()
     except KeyboardInterrupt:
         raise MmditError(say.interrupted(folder)) from None
     say.facts("done", say.outcome(done), format)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was interrupted or failed.")],
+    format: Format = "text",
+) -> None:
+    """Go on with a stopped run; the video equals an undisturbed run's."""
+    _quiet_libraries()
+    from recipes.run import go_on
+
+    _watch(folder, lambda: go_on(folder, quiet=format == "json"), format)
 
 
 @recipes_app.command("list")

@@ -76,7 +76,7 @@ def interrupted(folder: Path) -> str:
     """What Ctrl-C left behind."""
     steps = len(list(folder.glob("steps/*.h5")))
     kept = f"{steps} finished steps stay readable in {folder}" if steps else "nothing was recorded yet"
-    return f"The run must finish to give a video. Got an interrupt: {kept}. Run it again with --force to start over."
+    return f"The run must finish to give a video. Got an interrupt: {kept}. Go on with: mmdit resume {folder}"
 
 
 def contents(run: Run) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_a_story_leaves_a_whole_run_folder(recorded):
     assert resume["latents"].shape == (1, 6, 4, 8, 8)  # 3 + 3 strides of round(3 - 9 * 3 / 13)
     assert {"previous_x0", "generator", "timestep"} <= set(resume)
     assert run.info["prompts"] == [tiny.PROMPT, tiny.OTHER]
-    assert run.info["scheduler"]["class"] == "CogVideoXDPMScheduler"
+    assert run.info["sampler"]["class"] == "CogVideoXDPMScheduler"
     assert run.info["versions"]["torch"]
 
 
@@ -337,6 +337,45 @@ def test_interrupt_in_the_middle(toy, tmp_path):
     assert run.status == "interrupted"
     assert len(run.steps) >= 3
     assert run.word_map("cat", step=run.steps[-1]).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3, 5])
+def test_a_stopped_run_goes_on_to_the_same_video(toy, recorded, tmp_path, monkeypatch, capsys, stopped_after):
+    from recipes import run
+
+    folder = tmp_path / "run"
+    real = run._on_step
+
+    def stopping(session, recorder, bar):
+        write = real(session, recorder, bar)
+
+        def on_step(state):
+            write(state)
+            if state.step == stopped_after:
+                raise KeyboardInterrupt
+
+        return on_step
+
+    monkeypatch.setattr(run, "_on_step", stopping)
+    line = refused(capsys, story(toy, folder), 1)
+    assert f"{stopped_after} finished steps stay readable" in line
+    assert Run(folder).status == "interrupted"
+    monkeypatch.setattr(run, "_on_step", real)
+    main_ok(["resume", str(folder)])
+    assert Run(folder).status == "done"
+    assert Run(folder).steps == (0, 1, 2, 3, 4)
+    assert (folder / "video.gif").read_bytes() == (recorded / "video.gif").read_bytes()
+    assert "must have stopped early" in refused(capsys, ["resume", str(folder)], 1)
+
+
+def test_a_run_of_another_machine_does_not_go_on(toy, tmp_path, monkeypatch, capsys):
+    from recipes import run
+
+    monkeypatch.setattr(run, "finish_video", lambda *a: 1 / 0)
+    refused(capsys, story(toy, tmp_path / "run"), 1)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"threads": 77}))
+    assert "Got another threads: " in refused(capsys, ["resume", str(tmp_path / "run")], 1)
 
 
 def test_the_shipped_recipes_are_what_they_say():

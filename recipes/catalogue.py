@@ -1,0 +1,75 @@
+"""From a job to the handlers of its plan, and what they will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditctrl.sharing import share_previous
+from probe.plan import Handler, Plan
+from probe.readout.mass import RegionMass
+from probe.readout.word import WordMaps
+from probe.site import chosen
+from recipes.job import Job
+
+
+def readouts(job: Job) -> tuple[WordMaps | None, RegionMass | None]:
+    """The readouts a recipe asks for."""
+    record, where = job.recipe.record, job.record_where()
+    if record is None:
+        return None, None
+    maps = WordMaps(*record.words, where=where, directions=record.directions, per_head=record.heads == "each")
+    return maps, RegionMass(where=where) if record.mass else None
+
+
+def edits(job: Job) -> list[Handler]:
+    """The interventions a recipe asks for."""
+    if job.window is None or job.segments is None:
+        return []
+    return [share_previous(job.segments, job.window, job.recipe.edits[0].tensors)]
+
+
+def predicted(job: Job) -> dict[str, Any]:
+    """Sizes and cost before anything runs: what `--dry-run` prints."""
+    maps, mass = readouts(job)
+    handlers = [h for h in (*edits(job), maps, mass) if h is not None]
+    extra = Plan(handlers, job.steps, job.size.layers).cost(job.size.layout)
+    rows = clip_forwards(job)
+    return {
+        "model": job.recipe.model,
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "segments": job.segments.count if job.segments else 1,
+        "latent frames": job.frames,
+        "video frames": job.pixel_frames,
+        "tokens per segment": f"{job.size.layout.text} text + {job.size.layout.grid} = {job.size.layout.total}",
+        "shared steps": _range(job.window.steps) if job.window else "none",
+        "shared layers": _range(job.window.layers) if job.window else "none",
+        "clip forwards": sum(rows),
+        "clip forwards of the pair loop": 4 * (job.segments.count - 1) * job.steps if job.segments else None,
+        "extra attention for readouts": f"{extra:.1%}",
+        "recorded maps, at most": f"{_map_bytes(job, maps) / 1e6:.1f} MB",
+    }
+
+
+def clip_forwards(job: Job) -> list[int]:
+    """Clip evaluations of each step, both guidance halves."""
+    if job.segments is None:
+        return [2 if job.guidance > 1 else 1] * job.steps
+    shared = job.window.steps if job.window else range(0)
+    count = job.segments.count
+    return [2 * (2 * (count - 1) if step in shared else count) for step in range(job.steps)]
+
+
+def _map_bytes(job: Job, maps: WordMaps | None) -> float:
+    if maps is None:
+        return 0.0
+    where = job.record_where()
+    words = len(maps.words) or max(len(text.split()) for text in job.recipe.prompts)
+    heads = job.size.heads if maps.per_head else 1
+    steps, layers = chosen(where.steps, job.steps), chosen(where.layers, job.size.layers)
+    clips = sum(rows // 2 for step, rows in enumerate(clip_forwards(job)) if step in steps)
+    return clips * len(layers) * heads * words * len(maps.directions) * job.size.layout.grid.size
+
+
+def _range(span: range) -> str:
+    return f"[{span.start}, {span.stop})"

@@ -1,0 +1,67 @@
+"""The state of a stopped run: kept in every step file, and checked before a run goes on from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from control.denoise import State
+from probe.errors import StoreError
+from probe.store import Run
+from recipes import parse
+from recipes.recipe import Recipe
+
+MUST_EQUAL = ("versions", "device", "threads", "dtype", "model")
+
+
+def kept_of(state: State, timestep: int) -> dict[str, Any]:
+    """What a step file keeps: latents, the sampler's memory, its last timestep and the random state."""
+    kept = {
+        "step": state.step,
+        "latents": _array(state.latents),
+        "timestep": timestep,
+        "generator": state.generator.numpy(),
+    }
+    return kept if state.previous_x0 is None else kept | {"previous_x0": _array(state.previous_x0)}
+
+
+def recipe_of(run: Run) -> Recipe:
+    """The recipe a stopped run was made from.
+
+    Raises:
+        StoreError: the run is done, or still being written.
+    """
+    if run.status in ("done", "running"):
+        raise StoreError(
+            f"A run to resume must have stopped early. Got one that is {run.status}, {run.path}. Start another."
+        )
+    return parse.load(str(run.path / "recipe.yaml"))
+
+
+def state_of(run: Run, now: dict[str, Any], start: State) -> State:
+    """The state after the last complete step, or `start` if there is none; dtype and device are those of `start`.
+
+    Raises:
+        StoreError: software, device, threads or model differ from those of the run: its bits would not go on.
+    """
+    for name in MUST_EQUAL:
+        if run.info.get(name) != now.get(name):
+            raise StoreError(
+                f"A resumed run must go on with the same {', '.join(MUST_EQUAL)}. Got another {name}: "
+                f"{now.get(name)} instead "
+                f"of {run.info.get(name)}. Restore it, or start the recipe again."
+            )
+    if not run.steps:
+        return start
+    kept = run.resume()[1]
+    x0 = torch.from_numpy(kept["previous_x0"]).to(start.latents.device) if "previous_x0" in kept else None
+    latents = torch.from_numpy(kept["latents"]).to(start.latents)
+    return replace(
+        start, step=int(kept["step"]), latents=latents, previous_x0=x0, generator=torch.from_numpy(kept["generator"])
+    )
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
