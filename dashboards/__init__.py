@@ -1,1 +1,3 @@
-"""Shows run folders in the browser. Holds no model; reads, never writes."""
+"""dashboards reads run folders and draws them; it holds no model. So far: figures, pure functions from arrays to
+plotly charts.
+"""

@@ -1,0 +1,57 @@
+"""The README's tour runs as it stands: every Python block in order, every mmdit line."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from recipes.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOUR = README.split("## A five-minute tour")[1].split("## Real models on a GPU")[0]
+
+
+def blocks(language, text=TOUR):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_python_tour(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    found = blocks("python")
+    assert len(found) == 2
+    for block in found:
+        exec(compile(block, "README.md", "exec"), scope)
+    assert scope["run"].word_map("circle", layer=3, step=10).shape == (5, 8, 8)
+    assert scope["result"].frames[0][0].size == (64, 64)
+    assert scope["maps"].word_map("circle", step=10, layer=3, branch=scope["blue"]).shape == (5, 8, 8)
+    assert capsys.readouterr().out.startswith("step 2 layer 4:\n  edit: Transfer(kv from prompt 0 to prompt 1)")
+
+
+def test_the_command_line_tour(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) == 10
+    for line in lines:
+        words = shlex.split(line)
+        assert words[0] == "mmdit"
+        with pytest.raises(SystemExit) as stopped:
+            main(words[1:])
+        assert not stopped.value.code, (line, capsys.readouterr().err)
+    assert (tmp_path / "runs" / "story" / "video.mp4").is_file()
+    assert (tmp_path / "runs" / "first" / "circle_vt.png").is_file()
+
+
+def test_every_file_it_names_is_there():
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(named) >= 3
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_command_it_names_exists():
+    from recipes.cli import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands} | {"recipes"}
+    assert set(re.findall(r"`?mmdit ([a-z]+)", README)) <= known
