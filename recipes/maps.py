@@ -70,7 +70,7 @@ def _stitch(run: Run, maps: dict[int, NDArray[np.float32]]) -> NDArray[np.float3
     for segment, lift in maps.items():
         total[starts[segment] : starts[segment] + frames] += lift
         count[starts[segment] : starts[segment] + frames] += 1
-    return total / np.maximum(count, 1)
+    return (total / np.maximum(count, 1)).astype(np.float32)
 
 
 def summary(picked: Picked) -> dict[str, Any]:

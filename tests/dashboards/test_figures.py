@@ -9,9 +9,9 @@ def test_a_word_map_has_a_panel_per_frame_on_one_scale_from_zero():
     lift = np.arange(24, dtype=np.float64).reshape(2, 3, 4)
     figure = figures.word_map(lift, "circle")
     assert len(figure.data) == 2
-    assert all(
-        np.array_equal(panel.z, frame) and panel.z.dtype == np.float32 for panel, frame in zip(figure.data, lift)
-    )
+    for panel, frame in zip(figure.data, lift, strict=True):
+        assert np.array_equal(panel.z, frame)
+        assert panel.z.dtype == np.float32
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 23)
     assert figure.layout.title.text == "circle"
 
@@ -20,7 +20,7 @@ def test_region_mass_shows_its_numbers_and_rows_without_tokens():
     table = np.array([[0.1, 0.2, 0.0, 0.7], [np.nan] * 4, [0.25, 0.25, 0.25, 0.25]])
     figure = figures.region_mass(table)
     assert figure.data[0].text[0][3] == "70.0%"
-    assert figure.data[0].text[1] == ("–",) * 4
+    assert list(figure.data[0].text[1]) == ["–"] * 4
     assert figure.layout.coloraxis.cmax == 1
 
 
