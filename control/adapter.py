@@ -30,8 +30,8 @@ class Loop:
     def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
         if type(pipe).__name__ != "CogVideoXPipeline":
             raise ModelError(
-                f"A recipe with a loop of its own must run on CogVideoX. Got {type(pipe).__name__}. "
-                "Use `mmdit record`, which runs through the stock pipeline."
+                f"A recipe with a loop of its own must run on CogVideoX. Got {type(pipe).__name__}. Use `mmdit "
+                "record`, which runs through the stock pipeline."
             )
         self.pipe, self.steps, self.seed = pipe, steps, seed
         self.scheduler = _scheduler(pipe, sampler)
@@ -39,8 +39,8 @@ class Loop:
         if not 1 <= steps <= train or train % steps:
             nearest = min((n for n in range(1, train + 1) if train % n == 0), key=lambda n: abs(n - steps))
             raise UsageError(
-                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got "
-                f"{steps}. Take {nearest}."
+                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. "
+                f"Take {nearest}."
             )
         if not 0 <= seed < SEED_LIMIT:
             raise UsageError(f"A seed must lie in 0 to 2^63 - 1. Got {seed}. Choose another.")

@@ -81,7 +81,6 @@ class Transfer(Handler):
             there = "; ".join(str(b) for b in call.branches)
             raise PlanError(
                 f"The source of a Transfer must be in the same attention call. Got {source} at {call.site}, which "
-                f"has: {there}. "
-                "Generate source and target in one batch."
+                f"has: {there}. Generate source and target in one batch."
             )
         return call.branches.index(source)

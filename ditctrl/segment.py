@@ -26,14 +26,13 @@ class Segments:
     def __post_init__(self) -> None:
         if self.prompts < 2:
             raise UsageError(
-                f"DiTCtrl must have at least two prompts. Got {self.prompts}. Add the prompt the video turns to, "
-                "or use `mmdit record`."
+                f"DiTCtrl must have at least two prompts. Got {self.prompts}. Add the prompt the video turns to, or "
+                "use `mmdit record`."
             )
         if not 0 <= self.overlap < self.length:
             raise UsageError(
                 f"The overlap must be at least 0 and shorter than a segment of {self.length} latent frames. Got "
-                f"{self.overlap}. "
-                f"Take {round(9 * self.length / 13)}."
+                f"{self.overlap}. Take {round(9 * self.length / 13)}."
             )
         if self.transitions < 0:
             raise UsageError(

@@ -107,9 +107,8 @@ def _backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> int:
     choice = torch._fused_sdp_choice(q, k, v, None if bias is None else bias.to(q.dtype), 0.0, False)
     if choice == 0:
         raise TapError(
-            f"Attention with a log-sum-exp needs a fused kernel. Got {tuple(q.shape)} {q.dtype} on {q.device}, "
-            "for which torch "
-            "has none. Load the model in bfloat16 or float16."
+            f"Attention with a log-sum-exp needs a fused kernel. Got {tuple(q.shape)} {q.dtype} on {q.device}, for "
+            "which torch has none. Load the model in bfloat16 or float16."
         )
     return choice
 

@@ -62,8 +62,8 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
         return paths
     except OSError as error:
         raise StoreError(
-            f"A video must be written to disk. Got '{error.strerror or error}' in {folder}. Free some space and "
-            "run again."
+            f"A video must be written to disk. Got '{error.strerror or error}' in {folder}. Free some space and run "
+            "again."
         ) from error
 
 

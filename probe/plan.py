@@ -70,9 +70,8 @@ class Plan:
             handler.begin(prompts, steps, layers)
             if not (chosen(handler.where.steps, steps) and chosen(handler.where.layers, layers)):
                 raise PlanError(
-                    f"A handler must select at least one attention call. Got {handler}, which selects none of "
-                    f"{steps} steps "
-                    f"and {layers} layers. Widen its where."
+                    f"A handler must select at least one attention call. Got {handler}, which selects none of {steps} "
+                    f"steps and {layers} layers. Widen its where."
                 )
         self._refuse_clashes()
 

@@ -72,8 +72,8 @@ def _text_rule(choose: Callable[[Prompt], NDArray[np.bool_]], what: str) -> _Rul
     def rule(layout: TokenLayout, prompt: Prompt | None) -> Mask:
         if prompt is None or len(prompt.ids) != layout.text:
             raise LayoutError(
-                f"{what} must come with the prompt of the branch, {layout.text} tokens long. "
-                f"Got {'none' if prompt is None else len(prompt.ids)}. Tell the trace its prompts."
+                f"{what} must come with the prompt of the branch, {layout.text} tokens long. Got "
+                f"{'none' if prompt is None else len(prompt.ids)}. Tell the trace its prompts."
             )
         inside = np.zeros(layout.total, bool)
         inside[layout.text_slice] = choose(prompt)

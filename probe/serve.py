@@ -46,6 +46,5 @@ def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
             if same and heads and set(one.where.rows(call.branches)) & set(other.where.rows(call.branches)):
                 raise PlanError(
                     f"Two edits must not change the same tensor at the same place. Got {one} and {other} at "
-                    f"{call.site}. "
-                    "Separate their branches."
+                    f"{call.site}. Separate their branches."
                 )

@@ -85,14 +85,14 @@ class Tap:
     def __enter__(self) -> Tap:
         if getattr(self.model, "gradient_checkpointing", False) and torch.is_grad_enabled():
             raise TapError(
-                "A traced model must not use gradient checkpointing: recomputed calls would run unedited. "
-                "Got it switched on. Call disable_gradient_checkpointing() first."
+                "A traced model must not use gradient checkpointing: recomputed calls would run unedited. Got it "
+                "switched on. Call disable_gradient_checkpointing() first."
             )
         gate = _GATES.setdefault(self.model, threading.Lock())
         if not gate.acquire(timeout=0 if self._mine() else 600):
             raise TapError(
-                "A model must be traced by one run at a time. Got a second run inside the first. Run them one "
-                "after the other."
+                "A model must be traced by one run at a time. Got a second run inside the first. Run them one after "
+                "the other."
             )
         self._undo.append(gate.release)
         _OWNERS[self.model] = threading.get_ident()
@@ -129,9 +129,8 @@ class Tap:
         function: Any = type(old).__call__
         if "scaled_dot_product_attention" not in function.__code__.co_names:
             raise TapError(
-                f"An attention processor must call F.scaled_dot_product_attention. Got {type(old).__name__}, "
-                "which does not. "
-                "Restore the model's own processors."
+                f"An attention processor must call F.scaled_dot_product_attention. Got {type(old).__name__}, which "
+                "does not. Restore the model's own processors."
             )
         functional = _Functional("torch.nn.functional")
         functional.scaled_dot_product_attention = self._routed(layer)  # type: ignore[attr-defined]
@@ -152,8 +151,7 @@ class Tap:
             if attn_mask is not None:
                 raise TapError(
                     f"The joint attention of {self.family.name} must have no mask. Got one of "
-                    f"{tuple(attn_mask.shape)}. "
-                    "Leave attention_mask out."
+                    f"{tuple(attn_mask.shape)}. Leave attention_mask out."
                 )
             if self.layout is None:
                 raise TapError("A tapped attention must run inside its model's forward. Got a call from outside.")

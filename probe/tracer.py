@@ -90,9 +90,8 @@ class _Run:
         self.traced.layout = layout
         if len(self.clock.branches) != batch:
             raise TapError(
-                f"The branches told must be as many as the batch entries. Got {len(self.clock.branches)} branches "
-                "for a batch "
-                f"of {batch}. Tell one branch per entry."
+                f"The branches told must be as many as the batch entries. Got {len(self.clock.branches)} branches for "
+                f"a batch of {batch}. Tell one branch per entry."
             )
         if self.plan is None:
             self.first_step = self.clock.step
@@ -110,8 +109,7 @@ class _Run:
         if missed:
             raise TapError(
                 f"Every layer must call its attention through the tap. Got none from layers {missed}: their "
-                "processors were "
-                "replaced after tapping, for example by fuse_qkv_projections(). Undo that first."
+                "processors were replaced after tapping, for example by fuse_qkv_projections(). Undo that first."
             )
         if self.plan is not None:
             self.plan.refuse_unmet(self.first_step)

@@ -92,8 +92,8 @@ def _prompt(tokenizer: Any, text: str, length: int) -> Prompt:
         raise UsageError("A prompt must have at least one word. Got an empty one. Describe the video in a few words.")
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
-            f"Words need a fast tokenizer (one that maps tokens to characters). Got {type(tokenizer).__name__}. "
-            "Load the pipeline with its fast tokenizer."
+            f"Words need a fast tokenizer (one that maps tokens to characters). Got {type(tokenizer).__name__}. Load "
+            "the pipeline with its fast tokenizer."
         )
     coded = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
     return Prompt(

@@ -122,8 +122,8 @@ def _size(place: str) -> Size:
     except Exception as error:  # diffusers and the hub raise what they like
         cause = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the "
-            "id or folder."
+            f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the id or "
+            "folder."
         ) from error
     if config.get("_class_name") != "CogVideoXTransformer3DModel":
         raise ModelError(

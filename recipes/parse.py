@@ -61,8 +61,8 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
         raise RecipeError(f"A recipe must be readable YAML. Got {path.name}: {cause}. Mend that line.") from error
     if not isinstance(data, dict):
         raise RecipeError(
-            f"A recipe must be a mapping of keys. Got {type(data).__name__} in {path.name}. See `mmdit recipes "
-            "show record`."
+            f"A recipe must be a mapping of keys. Got {type(data).__name__} in {path.name}. See `mmdit recipes show "
+            "record`."
         )
     for text in overrides:
         _override(data, text)

@@ -49,9 +49,8 @@ def state_of(run: Run, now: dict[str, Any], start: State) -> State:
     for name in MUST_EQUAL:
         if run.info.get(name) != now.get(name):
             raise StoreError(
-                f"A resumed run must go on with the same {', '.join(MUST_EQUAL)}. Got another {name}: "
-                f"{now.get(name)} instead "
-                f"of {run.info.get(name)}. Restore it, or start the recipe again."
+                f"A resumed run must go on with the same {', '.join(MUST_EQUAL)}. Got another {name}: {now.get(name)} "
+                f"instead of {run.info.get(name)}. Restore it, or start the recipe again."
             )
     if not run.steps:
         return start

@@ -153,8 +153,8 @@ def _out_of_memory() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MmditError(
-            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. "
-            "Use fewer prompts or transition segments."
+            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Use fewer prompts or "
+            "transition segments."
         ) from error
 
 

@@ -21,8 +21,8 @@ def locate(model: str) -> str:
     if model == "miniature":
         if not (MINIATURE / "model_index.json").is_file():
             raise ModelError(
-                f"The miniature must lie in the project's data folder. Got an install without it ({MINIATURE}). "
-                "Work in a clone (pip install -e .), or name another model with --model."
+                f"The miniature must lie in the project's data folder. Got an install without it ({MINIATURE}). Work "
+                "in a clone (pip install -e .), or name another model with --model."
             )
         return str(MINIATURE)
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
@@ -36,8 +36,8 @@ def locate(model: str) -> str:
         return str(folder)
     if looks_local:
         raise ModelError(
-            f"A model must be 'miniature', a pipeline folder or a hub id (owner/name). Got {model}, which is none "
-            "of these."
+            f"A model must be 'miniature', a pipeline folder or a hub id (owner/name). Got {model}, which is none of "
+            "these."
         )
     return model
 
@@ -62,8 +62,8 @@ def load(model: str = "miniature", *, device: str | None = None, dtype: Any = No
     except Exception as error:  # diffusers, safetensors and the hub raise what they like
         cause = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"A pipeline must load with diffusers. Got {model}: {type(error).__name__}: {cause}. "
-            "Check the id or folder, or download it again."
+            f"A pipeline must load with diffusers. Got {model}: {type(error).__name__}: {cause}. Check the id or "
+            "folder, or download it again."
         ) from error
     if getattr(pipe, "transformer", None) is None:
         names = ", ".join(name for family in families() for name in family.pipelines)

@@ -104,21 +104,18 @@ def _every_call_once(bench: _Bench) -> str:
     doubled = [layer for layer, n in calls.items() if n > 1]
     if len(missed) == bench.layers:
         raise ProofError(
-            "Every layer must call its attention through the tap. Got no call at all: the processors were "
-            "replaced after tapping, as "
-            "fuse_qkv_projections() does. Undo that (unfuse_qkv_projections) and tap again."
+            "Every layer must call its attention through the tap. Got no call at all: the processors were replaced "
+            "after tapping, as fuse_qkv_projections() does. Undo that (unfuse_qkv_projections) and tap again."
         )
     if missed:
         raise ProofError(
             f"Every layer must call its attention through the tap. Got none from layers {missed}: these bypass it "
-            "with another "
-            "processor. Set that processor before tapping."
+            "with another processor. Set that processor before tapping."
         )
     if doubled:
         raise ProofError(
-            f"Every layer must attend once per forward. Got more calls from layers {sorted(doubled)}. The "
-            "family's description "
-            "must name these calls."
+            f"Every layer must attend once per forward. Got more calls from layers {sorted(doubled)}. The family's "
+            "description must name these calls."
         )
     return f"each of {bench.layers} layers seen exactly once"
 
@@ -129,8 +126,8 @@ def _layout(bench: _Bench) -> str:
     layout = bench.tap.layout
     if layout is None or plain.shape[-2] != layout.total:
         raise ProofError(
-            f"The layout must have as many tokens as the model attends to. Got {layout} for {plain.shape[-2]}. "
-            "Mend the family's layout."
+            f"The layout must have as many tokens as the model attends to. Got {layout} for {plain.shape[-2]}. Mend "
+            "the family's layout."
         )
     text, video = bench.inputs["encoder_hidden_states"], bench.inputs["hidden_states"]
     _same_rows("text", layout.text_slice, plain, bench.first_queries(encoder_hidden_states=text + 1))
@@ -148,9 +145,8 @@ def _same_rows(name: str, expected: slice, plain: Tensor, moved: Tensor) -> None
     if changed != list(range(expected.start, expected.stop)):
         got = f"rows {changed[0]} to {changed[-1]} ({len(changed)})" if changed else "no row"
         raise ProofError(
-            f"The layout must name the rows of {name} tokens. Got {expected.start} to {expected.stop - 1}, but "
-            "the model keeps them in "
-            f"{got}. Text and video are in another order, or the grid is another."
+            f"The layout must name the rows of {name} tokens. Got {expected.start} to {expected.stop - 1}, but the "
+            f"model keeps them in {got}. Text and video are in another order, or the grid is another."
         )
 
 
@@ -166,8 +162,7 @@ def _nothing_changes(bench: _Bench) -> str:
     if not torch.equal(tapped, plain):
         raise ProofError(
             "The tapped model must give the plain model's bits. Got a difference of "
-            f"{(tapped - plain).abs().max():.1e}. "
-            "Another wrapper changes the model."
+            f"{(tapped - plain).abs().max():.1e}. Another wrapper changes the model."
         )
     return "the tapped model is bit-identical to the plain one"
 
@@ -187,8 +182,7 @@ def _every_edit_counts(bench: _Bench) -> str:
 
         if torch.equal(bench.forward(double), plain):
             raise ProofError(
-                f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its "
-                "output projection is zero, "
-                "or its result is unused. Check the checkpoint."
+                f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its output "
+                "projection is zero, or its result is unused. Check the checkpoint."
             )
     return f"an edit in each of {bench.layers} layers changes the output"

@@ -81,8 +81,8 @@ class WordMaps(Handler):
             prompt = call.prompt_of(branch)
             if prompt is None:
                 raise WordError(
-                    f"Word maps must know the prompt. Got a run without one for {self}. Pass prompt=..., or "
-                    "prompts to run()."
+                    f"Word maps must know the prompt. Got a run without one for {self}. Pass prompt=..., or prompts "
+                    "to run()."
                 )
             words = tuple(w for w in self.words if prompt.has(w)) if self.words else tuple(dict.fromkeys(prompt.words))
             if words:

@@ -100,7 +100,7 @@ def test_pairs_never_touch_and_differ_in_color() -> None:
 def test_objects_stay_inside_the_frame() -> None:
     rng = np.random.default_rng(2)
     for _ in range(100):
-        inside = scene.masks(scene.sample(rng)).any(0)
+        inside = np.any(scene.masks(scene.sample(rng)), axis=0)
         assert not inside[:, [0, -1]].any()
         assert not inside[:, :, [0, -1]].any()
 
