@@ -5,29 +5,24 @@
 Names are imported on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from control.adapter import Loop
-    from control.denoise import Guided, State, denoise
+    from control.denoise import Guided, State
     from control.schedule import dynamic_guidance
     from control.transfer import Transfer
 
-_HOME = {
-    "Guided": "denoise",
-    "Loop": "adapter",
-    "State": "denoise",
-    "Transfer": "transfer",
-    "dynamic_guidance": "schedule",
-}
+__all__ = ["Guided", "Loop", "State", "Transfer", "dynamic_guidance"]
 
-__all__ = ["Guided", "Loop", "State", "Transfer", "denoise", "dynamic_guidance"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'control' has no attribute {name!r}")
-    value = getattr(import_module(f"control.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "adapter": ["Loop"],
+        "denoise": ["Guided", "State"],
+        "schedule": ["dynamic_guidance"],
+        "transfer": ["Transfer"],
+    },
+)

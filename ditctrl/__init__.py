@@ -6,22 +6,22 @@
 Names are imported on first use.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from ditctrl.method import MultiPrompt
     from ditctrl.segment import Segments
     from ditctrl.sharing import Window, share_previous
 
-_HOME = {"MultiPrompt": "method", "Segments": "segment", "Window": "sharing", "share_previous": "sharing"}
-
 __all__ = ["MultiPrompt", "Segments", "Window", "share_previous"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ditctrl' has no attribute {name!r}")
-    value = getattr(import_module(f"ditctrl.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "method": ["MultiPrompt"],
+        "segment": ["Segments"],
+        "sharing": ["Window", "share_previous"],
+    },
+)

@@ -8,8 +8,9 @@ changes nothing by itself.
 Names are imported on first use: reading a run needs no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 if TYPE_CHECKING:
     from probe.errors import MmditError
@@ -24,29 +25,6 @@ if TYPE_CHECKING:
     from probe.site import Branch, Progress, Site, Where, Which
     from probe.store import Run
     from probe.tracer import trace
-
-_HOME = {
-    "MmditError": "errors",
-    "Grid": "layout",
-    "TokenLayout": "layout",
-    "Region": "region",
-    "Block": "region",
-    "Branch": "site",
-    "Progress": "site",
-    "Site": "site",
-    "Where": "site",
-    "Which": "site",
-    "Handler": "plan",
-    "Plan": "plan",
-    "Stage": "plan",
-    "WordMaps": "readout.word",
-    "RegionMass": "readout.mass",
-    "Run": "store",
-    "load": "models.load",
-    "prove": "models.prove",
-    "record": "recorder",
-    "trace": "tracer",
-}
 
 __all__ = [
     "Block",
@@ -71,10 +49,20 @@ __all__ = [
     "trace",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'probe' has no attribute {name!r}")
-    value = getattr(import_module(f"probe.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "errors": ["MmditError"],
+        "layout": ["Grid", "TokenLayout"],
+        "models.load": ["load"],
+        "models.prove": ["prove"],
+        "plan": ["Handler", "Plan", "Stage"],
+        "readout.mass": ["RegionMass"],
+        "readout.word": ["WordMaps"],
+        "recorder": ["record"],
+        "region": ["Block", "Region"],
+        "site": ["Branch", "Progress", "Site", "Where", "Which"],
+        "store": ["Run"],
+        "tracer": ["trace"],
+    },
+)
