@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from control.schedule import refuse_frames, refuse_steps
 from probe.errors import ModelError, UsageError
 
 SamplerName = Literal["model", "ddim", "dpm"]
@@ -30,18 +31,13 @@ class Loop:
     def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
         if type(pipe).__name__ != "CogVideoXPipeline":
             raise ModelError(
-                f"A recipe with a loop of its own must run on CogVideoX. Got {type(pipe).__name__}. Use `mmdit "
-                "record`, which runs through the stock pipeline."
+                f"A loop of our own must run on CogVideoX so far. Got {type(pipe).__name__}. Use probe.trace, which "
+                "runs the stock pipeline."
             )
         self.pipe, self.steps, self.seed = pipe, steps, seed
         self.scheduler = _scheduler(pipe, sampler)
-        train = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= train or train % steps:
-            nearest = min((n for n in range(1, train + 1) if train % n == 0), key=lambda n: abs(n - steps))
-            raise UsageError(
-                f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. "
-                f"Take {nearest}."
-            )
+        refuse_steps(steps, self.scheduler.config.num_train_timesteps)
+        refuse_frames(self.clip_frames, self.config.patch_size_t)
         if not 0 <= seed < SEED_LIMIT:
             raise UsageError(f"A seed must lie in 0 to 2^63 - 1. Got {seed}. Choose another.")
         self.scheduler.set_timesteps(steps, device=self.device)

@@ -1,8 +1,10 @@
-"""Numbers that change over the steps."""
+"""Numbers of the schedule: what changes over the steps, and which counts it allows. No torch."""
 
 from __future__ import annotations
 
 import math
+
+from probe.errors import ModelError, UsageError
 
 
 def dynamic_guidance(timestep: int, steps: int, peak: float) -> float:
@@ -14,3 +16,30 @@ def dynamic_guidance(timestep: int, steps: int, peak: float) -> float:
     """
     u = (steps - timestep) / steps
     return 1 + peak * ((1 - math.cos(math.pi * u**5)) / 2)
+
+
+def refuse_steps(steps: int, train: int = 1000) -> None:
+    """CogVideoX's schedulers find the previous timestep as t - train // steps: the count must divide `train`.
+
+    Raises:
+        UsageError: it does not; names the nearest that does.
+    """
+    if not 1 <= steps <= train or train % steps:
+        nearest = min((n for n in range(1, train + 1) if train % n == 0), key=lambda n: abs(n - steps))
+        raise UsageError(
+            f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. Take "
+            f"{nearest}."
+        )
+
+
+def refuse_frames(frames: int, patch: int | None) -> None:
+    """Token frames are groups of `patch` latent frames (CogVideoX-1.5: 2): a clip must be whole groups.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if frames % (patch or 1):
+        raise ModelError(
+            f"A clip must be a multiple of {patch} latent frames for this model. Got {frames}. Recipes cannot run it "
+            "yet; use probe.trace, which runs the stock pipeline."
+        )

@@ -61,15 +61,15 @@ class Transfer(Handler):
             index[row] = self._source_row(call, row)
         if index == list(range(len(index))):
             return
-        call.rebind(**{name: self._take(getattr(call, name), index) for name in self.tensors})
+        call.rebind(**{name: self._take(getattr(call, name), call.own[name], index) for name in self.tensors})
 
-    def _take(self, tensor: torch.Tensor, index: list[int]) -> torch.Tensor:
-        taken = tensor[index]
-        if self.where.heads is None:
-            return taken
-        heads = list(self.where.head_list(tensor.shape[1]))
+    def _take(self, tensor: torch.Tensor, own: torch.Tensor, index: list[int]) -> torch.Tensor:
+        """Sources give their own, unedited tensors: chained transfers do not depend on their order."""
         mixed = tensor.clone()
-        mixed[:, heads] = taken[:, heads]
+        heads = slice(None) if self.where.heads is None else list(self.where.head_list(tensor.shape[1]))
+        for row, source in enumerate(index):
+            if source != row:
+                mixed[row, heads] = own[source, heads]
         return mixed
 
     def _source_row(self, call: AttentionCall, row: int) -> int:

@@ -32,7 +32,7 @@ class Segments:
         if not 0 <= self.overlap < self.length:
             raise UsageError(
                 f"The overlap must be at least 0 and shorter than a segment of {self.length} latent frames. Got "
-                f"{self.overlap}. Take {round(9 * self.length / 13)}."
+                f"{self.overlap}. Take {min(round(9 * self.length / 13), self.length - 1)}."
             )
         if self.transitions < 0:
             raise UsageError(
@@ -47,7 +47,8 @@ class Segments:
         / 13) and round(6 T / 13).
         """
         share = 9 if transitions >= 2 else 6
-        return cls(prompts, length, round(share * length / 13) if overlap is None else overlap, transitions)
+        auto = min(round(share * length / 13), length - 1)
+        return cls(prompts, length, auto if overlap is None else overlap, transitions)
 
     @property
     def stride(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from probe import attend
+from probe.errors import WordError
 from probe.layout import TokenLayout
 from probe.site import Branch, Site
 from probe.word import Prompt
@@ -16,7 +17,8 @@ from probe.word import Prompt
 class AttentionCall:
     """The tensors of one call after QK-norm and RoPE, where it is, and what its batch entries and tokens mean.
 
-    Edits rebind `q`, `k`, `v` (never write into them: the model may hold views); merges rebind `out`.
+    Edits rebind `q`, `k`, `v` (never write into them: the model may hold views); merges rebind `out`. `own` keeps the
+    tensors as the model made them, so that what a source gives does not depend on the order of edits.
     """
 
     site: Site
@@ -28,11 +30,29 @@ class AttentionCall:
     branches: tuple[Branch, ...]
     prompts: tuple[Prompt, ...] = ()
     out: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _lse: Tensor | None = field(default=None, repr=False)
 
-    def prompt_of(self, branch: Branch) -> Prompt | None:
-        """The prompt whose words this branch shows, None when the run was told none."""
-        return self.prompts[branch.nearest] if self.prompts else None
+    def __post_init__(self) -> None:
+        self.own = {"q": self.q, "k": self.k, "v": self.v}
+
+    def prompt_of(self, branch: Branch) -> Prompt:
+        """The prompt whose words this branch shows.
+
+        Raises:
+            WordError: the run was told no prompts, or the branch is unconditional: it does not show the prompt.
+        """
+        if not branch.guided:
+            raise WordError(
+                f"A readout of words or padding must look at conditional branches. Got {branch}. Use "
+                "Which(guided=True), or leave branches out."
+            )
+        if branch.nearest >= len(self.prompts):
+            raise WordError(
+                f"A readout of words or padding must know the prompt. Got a run that was told {len(self.prompts)}. "
+                "Pass prompt=..., or prompts to run()."
+            )
+        return self.prompts[branch.nearest]
 
     def rebind(self, **tensors: Tensor) -> None:
         """Replace some of q, k, v; what was derived from the old ones is forgotten."""

@@ -56,7 +56,7 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
     paths = [folder / "video.gif"]
     try:
         save_gif(paths[0], frames, fps)
-        if _has_ffmpeg():
+        if has_ffmpeg():
             paths.insert(0, folder / "video.mp4")
             save_mp4(paths[0], frames, fps)
         return paths
@@ -79,14 +79,15 @@ def save_mp4(path: Path, frames: Frames, fps: int) -> None:
     Raises:
         StoreError: ffmpeg is not installed.
     """
-    if not _has_ffmpeg():
+    if not has_ffmpeg():
         raise StoreError(
             "An mp4 must be written by ffmpeg. Got none installed. pip install imageio-ffmpeg, or export a GIF."
         )
     iio.imwrite(path, enlarge(frames), fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
 
 
-def _has_ffmpeg() -> bool:
+def has_ffmpeg() -> bool:
+    """Whether mp4 files can be written and read here."""
     return find_spec("imageio_ffmpeg") is not None
 
 

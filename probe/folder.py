@@ -143,6 +143,7 @@ def lock(folder: Path) -> None:
             f"run folder must have one writer. Got {folder}, just taken by another. Wait for it."
         ) from None
     except OSError as error:
+        unlock(folder)  # a full disk leaves an empty lock
         raise StoreError(f"run folder must be writable. Got '{error.strerror}' for {path}. Choose another.") from None
 
 

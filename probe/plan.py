@@ -1,4 +1,4 @@
-"""Handlers, and the plan that matches them to attention calls: once, before anything runs.
+"""Handlers, and the plan that matches them to attention calls: once, before the first call.
 
 The plan knows stages, tensors and places; it does not know operators.
 """
@@ -127,11 +127,8 @@ class Plan:
         if (one.stage, one.rank) != (other.stage, other.rank) or not one.touches & other.touches:
             return False
         a, b = one.where, other.where
-        if a.branches is not None and b.branches is not None and a.branches != b.branches:
+        pairs = ((a.branches, b.branches), (a.heads, b.heads), (a.turns, b.turns))
+        if any(x is not None and y is not None and x != y for x, y in pairs):
             return False  # told apart, or refused when a call shows that they overlap
-        shared = [
-            set(chosen(x, n)) & set(chosen(y, n))
-            for x, y, n in ((a.steps, b.steps, self.steps), (a.layers, b.layers, self.layers))
-        ]
-        heads = a.heads is None or b.heads is None or bool(set(chosen(a.heads, 4096)) & set(chosen(b.heads, 4096)))
-        return all(shared) and heads
+        spans = ((a.steps, b.steps, self.steps), (a.layers, b.layers, self.layers))
+        return all(set(chosen(x, n)) & set(chosen(y, n)) for x, y, n in spans)

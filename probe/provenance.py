@@ -21,16 +21,28 @@ def provenance(pipe: Any) -> dict[str, Any]:
     place = str(pipe.config.get("_name_or_path", "") or "")
     return {
         "model": {
-            "name": Path(place).name or place,
+            "name": Path(place).name if Path(place).is_dir() else place,
+            "revision": getattr(pipe.transformer.config, "_commit_hash", None),
             "pipeline": type(pipe).__name__,
             "fingerprint": fingerprint(Path(place)),
             "scheduler": type(pipe.scheduler).__name__,
         },
         "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": attend.backend_name(device.type, dtype),
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def where_from(info: dict[str, Any]) -> dict[str, Any]:
+    """The part of `provenance` that every step file repeats, so that it can be read alone."""
+    model = info["model"]
+    return {
+        "model": model["name"],
+        "fingerprint": model["fingerprint"],
+        "dtype": info["dtype"],
+        "backend": info["backend"],
     }
 
 
@@ -41,7 +53,9 @@ def fingerprint(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(f for f in folder.glob("*/*") if f.suffix in (".json", ".safetensors")):
+    for file in sorted(
+        f for f in (*folder.glob("*.json"), *folder.glob("*/*")) if f.suffix in (".json", ".safetensors")
+    ):
         with file.open("rb") as stream:
             digest.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode())
             digest.update(stream.read(_SAMPLE))

@@ -13,8 +13,8 @@ import torch
 from probe import film
 from probe.errors import UsageError
 from probe.layout import TokenLayout
-from probe.plan import Handler
-from probe.provenance import provenance
+from probe.plan import Handler, Plan
+from probe.provenance import provenance, where_from
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.site import Branch, Span, Where
@@ -101,7 +101,7 @@ def _tokens(prompt: Prompt) -> dict[str, Any]:
 def record(
     pipe: Any,
     prompt: str,
-    words: Sequence[str] = (),
+    words: str | Sequence[str] = (),
     out: str | Path = "runs/record",
     *,
     layers: Span = None,
@@ -122,11 +122,14 @@ def record(
         WordError: a word is not in the prompt.
         StoreError: the folder is taken (see `force`) or cannot be written.
     """
+    _refuse_own(call, fps)
+    words = (words,) if isinstance(words, str) else words
     where = Where(steps=steps, layers=layers)
     maps, mass = WordMaps(*words, where=where, per_head=per_head), RegionMass(where=where)
     traced = trace(pipe, maps, mass)
     prompts = traced.tokenize([prompt])
-    maps.begin(prompts, 0, 0)  # an unknown word is refused before a folder is made
+    count = int(call.get("num_inference_steps", getattr(pipe, "defaults", {}).get("num_inference_steps", 50)))
+    Plan((maps, mass), count, len(traced.family.attention_modules(pipe.transformer)), prompts)  # refuses first
     info = {**provenance(pipe), "prompts": [prompt], "seed": seed, "call": {k: repr(v) for k, v in call.items()}}
     with RunWriter.create(out, info, f"# probe.record({prompt!r})\n", force) as writer:
         recorder = Recorder(writer, prompts, maps, mass)
@@ -135,13 +138,28 @@ def record(
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             assert traced.layout is not None
             resume = {"latents": tensors["latents"].float().cpu().numpy(), "generator": generator.get_state().numpy()}
-            recorder.write(step, traced.layout, {"timestep": int(timestep)}, resume)
+            recorder.write(step, traced.layout, {"timestep": int(timestep), **where_from(info)}, resume)
             return tensors
 
         given = {"generator": generator, "callback_on_step_end": on_step, "output_type": "np"} | call
         frames = (traced(prompt=prompt, **given).frames[0] * 255).round().astype(np.uint8)
         finish_video(writer.folder, frames, fps, prompt)
     return Run(writer.folder)
+
+
+_OWN = ("generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
+
+
+def _refuse_own(call: Mapping[str, Any], fps: int) -> None:
+    """What record() itself needs of the pipeline's call."""
+    taken = [name for name in _OWN if name in call]
+    if taken:
+        raise UsageError(
+            f"record() must set {', '.join(_OWN)} itself. Got {', '.join(taken)}. Use seed=..., or probe.trace for a "
+            "call of your own."
+        )
+    if fps < 1:
+        raise UsageError(f"fps must be at least 1. Got {fps}. Take 8.")
 
 
 def finish_video(folder: Path, frames: film.Frames, fps: int, title: str) -> None:

@@ -89,11 +89,12 @@ class Tap:
                 "switched on. Call disable_gradient_checkpointing() first."
             )
         gate = _GATES.setdefault(self.model, threading.Lock())
-        if not gate.acquire(timeout=0 if self._mine() else 600):
+        if self._mine():
             raise TapError(
                 "A model must be traced by one run at a time. Got a second run inside the first. Run them one after "
                 "the other."
             )
+        gate.acquire()  # another thread's run ends first
         self._undo.append(gate.release)
         _OWNERS[self.model] = threading.get_ident()
         self._undo.append(lambda: _OWNERS.pop(self.model, None))
@@ -116,6 +117,11 @@ class Tap:
         return _OWNERS.get(self.model) == threading.get_ident()
 
     def _forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._mine():
+            raise TapError(
+                "A traced model must be run by the thread that traces it. Got a forward from another thread. Wait "
+                "for the trace to end."
+            )
         inputs = self.family.inputs(model, args, kwargs)
         self.layout = self.family.layout(model, inputs)
         self.seen = Counter()

@@ -36,9 +36,7 @@ class Traced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call and output; `prompt` tells the words."""
-        if args:
-            kwargs["prompt"], args = args[0], args[1:]
-        asked = kwargs.get("prompt")
+        asked = args[0] if args else kwargs.get("prompt")
         texts = [asked] if isinstance(asked, str) else list(asked or ())
         return self.run(lambda _: self.pipe(*args, **kwargs), texts)
 
@@ -46,21 +44,31 @@ class Traced:
         """The prompts as this pipeline's text encoder cuts them."""
         return tokenize(self.pipe.tokenizer, texts, self.family.text_length(self.pipe.transformer))
 
-    def run(self, drive: Callable[[Clock], Any], prompts: Sequence[str] = ()) -> Any:
+    def run(self, drive: Callable[[Clock], Any], prompts: Sequence[str] = (), tap: Tap | None = None) -> Any:
         """Run `drive(clock)`, which makes the model go however it likes, and return its result.
 
-        `drive` may tell the clock each step; else time is read from the model.
+        `drive` may tell the clock each step; else time is read from the model. `tap` is one that is open already.
 
         Raises:
             PlanError: handlers clash, or one met no call.
             TapError: attention calls were missed.
         """
-        with Tap(self.pipe.transformer, self.family) as tap:
-            run = _Run(self, tap, self.tokenize(prompts))
-            tap.on_forward, tap.make_call = run.forward, run.call
+        if tap is None:
+            with Tap(self.pipe.transformer, self.family) as fresh:
+                return self.run(drive, prompts, fresh)
+        run = _Run(self, tap, self._prompts(prompts))
+        idle = tap.on_forward, tap.make_call
+        tap.on_forward, tap.make_call = run.forward, run.call
+        try:
             result = _follow(tap, lambda: drive(run.clock), run)
-            run.finish()
+        finally:
+            tap.on_forward, tap.make_call = idle
+        run.finish()
         return result
+
+    def _prompts(self, texts: Sequence[str]) -> tuple[Prompt, ...]:
+        """The prompts for readouts; one that is empty shows no word, which the stock pipeline allows."""
+        return self.tokenize(texts) if all(text.strip() for text in texts) else ()
 
 
 def trace(pipe: Any, *handlers: Handler) -> Traced:

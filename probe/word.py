@@ -32,7 +32,7 @@ class Prompt:
     @property
     def words(self) -> tuple[str, ...]:
         """The words of the prompt in order, repetitions included."""
-        return tuple(match.group() for match in _WORD.finditer(self.text))
+        return words_of(self.text)
 
     def word_of_token(self) -> tuple[int, ...]:
         """For each token the index of its word in `words`, or -1."""
@@ -47,12 +47,7 @@ class Prompt:
         Raises:
             WordError: the phrase is not in the prompt, or was cut off by the token limit; lists the words.
         """
-        nth = _NTH.match(phrase.strip())
-        wanted = nth["phrase"] if nth else phrase.strip()
-        pattern = r"\s+".join(re.escape(part) for part in wanted.split())
-        found = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", self.text, re.IGNORECASE)] if pattern else []
-        if nth:
-            found = found[int(nth["nth"]) - 1 : int(nth["nth"])]
+        found = places_of(self.text, phrase)
         tokens = tuple(i for i, span in enumerate(self.spans) if any(_overlap(span, place) for place in found))
         if not found:
             raise WordError(
@@ -72,6 +67,20 @@ class Prompt:
             return bool(self.tokens_of(phrase))
         except WordError:
             return False
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a text in order, repetitions included."""
+    return tuple(match.group() for match in _WORD.finditer(text))
+
+
+def places_of(text: str, phrase: str) -> list[tuple[int, int]]:
+    """Where a word or consecutive words stand in a text, as half-open character spans; see `Prompt.tokens_of`."""
+    nth = _NTH.match(phrase.strip())
+    wanted = nth["phrase"] if nth else phrase.strip()
+    pattern = r"\s+".join(re.escape(part) for part in wanted.split())
+    found = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)] if pattern else []
+    return found[int(nth["nth"]) - 1 : int(nth["nth"])] if nth else found
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:

@@ -9,6 +9,7 @@ from probe.plan import Handler, Plan
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.site import chosen
+from probe.word import words_of
 from recipes.job import Job
 
 
@@ -33,21 +34,18 @@ def predicted(job: Job) -> dict[str, Any]:
     maps, mass = readouts(job)
     handlers = [h for h in (*edits(job), maps, mass) if h is not None]
     extra = Plan(handlers, job.steps, job.size.layers).cost(job.size.layout)
-    rows = clip_forwards(job)
     return {
         "model": job.recipe.model,
-        "steps": job.steps,
-        "guidance": job.guidance,
+        **job.resolved(),
         "segments": job.segments.count if job.segments else 1,
         "latent frames": job.frames,
         "video frames": job.pixel_frames,
         "tokens per segment": f"{job.size.layout.text} text + {job.size.layout.grid} = {job.size.layout.total}",
-        "shared steps": _range(job.window.steps) if job.window else "none",
-        "shared layers": _range(job.window.layers) if job.window else "none",
-        "clip forwards": sum(rows),
+        "clip forwards": sum(clip_forwards(job)),
         "clip forwards of the pair loop": 4 * (job.segments.count - 1) * job.steps if job.segments else None,
         "extra attention for readouts": f"{extra:.1%}",
         "recorded maps, at most": f"{_map_bytes(job, maps) / 1e6:.1f} MB",
+        "states to resume from": f"{_state_bytes(job) / 1e6:.1f} MB",
     }
 
 
@@ -64,12 +62,15 @@ def _map_bytes(job: Job, maps: WordMaps | None) -> float:
     if maps is None:
         return 0.0
     where = job.record_where()
-    words = len(maps.words) or max(len(text.split()) for text in job.recipe.prompts)
+    words = len(maps.words) or max(len(set(words_of(text))) for text in job.recipe.prompts)
     heads = job.size.heads if maps.per_head else 1
     steps, layers = chosen(where.steps, job.steps), chosen(where.layers, job.size.layers)
-    clips = sum(rows // 2 for step, rows in enumerate(clip_forwards(job)) if step in steps)
+    halves = 2 if job.guidance > 1 else 1
+    clips = sum(rows // halves for step, rows in enumerate(clip_forwards(job)) if step in steps)
     return clips * len(layers) * heads * words * len(maps.directions) * job.size.layout.grid.size
 
 
-def _range(span: range) -> str:
-    return f"[{span.start}, {span.stop})"
+def _state_bytes(job: Job) -> int:
+    """Latents of every step in float32, and x0 as well where the sampler remembers it."""
+    copies = 2 if job.recipe.sampler.scheduler == "dpm" else 1
+    return copies * 4 * job.steps * job.frames * job.size.latent_values

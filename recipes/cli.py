@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from probe.errors import MmditError, UsageError
-from recipes import say
+from recipes import console
+
+if TYPE_CHECKING:
+    from recipes.recipe import Recipe
 
 app = typer.Typer(
     name="mmdit",
@@ -28,6 +30,8 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier run in that folder.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="miniature, a pipeline folder or a hub id.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example steps=50 or sampler.seed=7.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
+Offload = Annotated[bool, typer.Option("--offload", help="Keep idle parts of the model on the CPU.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes and predicted cost, and stop.")]
 
 
@@ -38,13 +42,16 @@ def run(
     model: Model = None,
     sets: Sets = None,
     out: Out = None,
+    device: Device = None,
+    offload: Offload = False,
     dry_run: DryRun = False,
     force: Force = False,
     format: Format = "text",
 ) -> None:
     """Run a recipe: generate the video, keep its attention."""
     values: dict[str, Any] = {"prompts": prompt} if prompt else {}
-    _run(recipe, sets, values | ({"model": model} if model else {}), out, dry_run, force, format)
+    made = _recipe(recipe, sets, values, model)
+    _generate(made, out, force, dry_run, device, offload, format)
 
 
 @app.command()
@@ -54,54 +61,53 @@ def record(
     model: Model = None,
     sets: Sets = None,
     out: Out = None,
+    device: Device = None,
+    offload: Offload = False,
     dry_run: DryRun = False,
     force: Force = False,
     format: Format = "text",
 ) -> None:
     """Generate one prompt and keep its word maps and region masses."""
     chosen = [word.strip() for word in words.split(",") if word.strip()]
-    values: dict[str, Any] = {"prompts": [prompt]} | ({"model": model} if model else {})
-    sets = [*(sets or []), *([f"record.words={say.as_yaml_list(chosen)}"] if chosen else [])]
-    _run("record", sets, values, out, dry_run, force, format)
+    sets = [*(sets or []), *([f"record.words={console.as_yaml_list(chosen)}"] if chosen else [])]
+    made = _recipe("record", sets, {"prompts": [prompt]}, model)
+    _generate(made, out, force, dry_run, device, offload, format)
 
 
-def _run(
-    name: str, sets: list[str] | None, values: dict[str, Any], out: Path | None, dry: bool, force: bool, format: str
-) -> None:
+def _recipe(name: str, sets: list[str] | None, values: dict[str, Any], model: str | None) -> Recipe:
     from recipes import parse
 
-    recipe = parse.load(name, sets or (), values)
-    _quiet_libraries()
-    from recipes.job import prepare
-    from recipes.run import default_folder, execute
+    return parse.load(name, sets or (), values | ({"model": model} if model else {}))
 
+
+def _generate(
+    recipe: Recipe, out: Path | None, force: bool, dry: bool, device: str | None, offload: bool, format: str
+) -> None:
+    _quiet_libraries()
     if dry:
         from recipes.catalogue import predicted
+        from recipes.job import prepare
 
-        say.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
+        console.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
         return
-    folder = out or default_folder(recipe)
-    _watch(folder, lambda: execute(recipe, folder, force, quiet=format == "json"), format)
+    from recipes.run import Place, default_folder, execute
 
-
-def _watch(folder: Path, work: Callable[[], Any], format: str) -> None:
-    try:
-        done = work()
-    except KeyboardInterrupt:
-        raise MmditError(say.interrupted(folder)) from None
-    say.facts("done", say.outcome(done), format)
+    done = execute(recipe, out or default_folder(recipe), force, format == "json", Place(device, offload))
+    console.facts("done", console.outcome(done), format)
 
 
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was interrupted or failed.")],
+    device: Device = None,
+    offload: Offload = False,
     format: Format = "text",
 ) -> None:
     """Go on with a stopped run; the video equals an undisturbed run's."""
     _quiet_libraries()
-    from recipes.run import go_on
+    from recipes.run import Place, go_on
 
-    _watch(folder, lambda: go_on(folder, quiet=format == "json"), format)
+    console.facts("done", console.outcome(go_on(folder, format == "json", Place(device, offload))), format)
 
 
 @recipes_app.command("list")
@@ -110,7 +116,7 @@ def list_recipes(format: Format = "text") -> None:
     from recipes import parse
 
     rows = [{"name": name, "description": parse.load(name).description} for name in parse.names()]
-    say.table("recipes", rows, format)
+    console.table("recipes", rows, format)
 
 
 @recipes_app.command()
@@ -118,7 +124,7 @@ def show(recipe: str) -> None:
     """Print a recipe's YAML, a starting point for your own."""
     from recipes import parse
 
-    say.text(parse.find(recipe).read_text(encoding="utf-8").rstrip())
+    console.text(parse.text_of(parse.find(recipe)).rstrip())
 
 
 @recipes_app.command()
@@ -126,7 +132,7 @@ def validate(recipe: Annotated[str, typer.Argument(help="A built-in name or a YA
     """Check a recipe without loading a model."""
     from recipes import parse
 
-    say.text(f"{recipe} is a valid recipe: {parse.load(recipe, sets or ()).name}.")
+    console.text(f"{recipe} is a valid recipe: {parse.load(recipe, sets or ()).name}.")
 
 
 @recipes_app.command()
@@ -134,7 +140,7 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from recipes.recipe import Recipe
 
-    say.data(Recipe.model_json_schema())
+    console.data(Recipe.model_json_schema())
 
 
 @app.command()
@@ -152,24 +158,25 @@ def maps(
 ) -> None:
     """Word maps of a run: numbers, or heat over its frames."""
     from probe.store import Run
-    from recipes import maps as word_maps
+    from recipes import heatmap
 
     opened = Run(folder)
     if word is None:
-        if export is not None:
-            raise UsageError(f"--export must come with --word. Got none. Recorded words: {', '.join(opened.words)}.")
-        say.facts(str(folder), say.contents(opened), format)
+        if export is not None or out is not None:
+            raise UsageError(f"An export must name its --word. Got none. Recorded words: {', '.join(opened.words)}.")
+        console.facts(str(folder), console.contents(opened), format)
         return
-    picked = word_maps.choose(opened, word, layer, step, head, segment, direction)
-    if export is None:
-        say.facts(f"{word} in {folder}", word_maps.summary(picked), format)
+    picked = heatmap.choose(opened, word, layer, step, head, segment, direction)
+    if export is None and out is None:
+        console.facts(f"{word} in {folder}", heatmap.summary(picked), format)
         return
-    say.facts("written", {"file": str(word_maps.export(opened, picked, export, out))}, format)
+    console.facts("written", {"file": str(heatmap.export(opened, picked, export, out))}, format)
 
 
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="miniature, a pipeline folder or a hub id.")] = "miniature",
+    device: Device = None,
     format: Format = "text",
 ) -> None:
     """Prove that this model's attention is read and rewritten exactly; exit 1 if not."""
@@ -177,8 +184,8 @@ def check(
     from probe.models.load import load
     from probe.models.prove import prove
 
-    findings = prove(load(model))
-    say.table(f"check {model}", [vars(finding) for finding in findings], format)
+    findings = prove(load(model, device=device))
+    console.table(f"check {model}", [vars(finding) for finding in findings], format)
     if not all(finding.passed for finding in findings):
         raise MmditError(next(f.sentence for f in findings if not f.passed))
 
@@ -188,7 +195,7 @@ def doctor(format: Format = "text") -> None:
     """Versions, devices and what works here."""
     from recipes.doctor import examine
 
-    say.facts("doctor", examine(), format)
+    console.facts("doctor", examine(), format)
 
 
 def _quiet_libraries() -> None:
@@ -202,6 +209,9 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one sentence and an exit code of 1 or 2 for anything that goes wrong, a traceback only with
     --debug.
@@ -209,20 +219,27 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        app([a for a in given if a != "--debug"])
-    except MmditError as error:
+        code = app([a for a in given if a != "--debug"], standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        say.error(str(error))
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if debug:
-            raise
-        say.error(
-            f"Something unexpected went wrong. Got {type(error).__name__}: {error}. Run again with --debug to see "
-            "where."
-        )
-        sys.exit(1)
+        console.error(_sentence(error))
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, MmditError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted before anything was written."
+    if hasattr(error, "format_message"):  # typer's own usage errors
+        return f"{error.format_message()} See mmdit --help."  # type: ignore[attr-defined]
+    if isinstance(error, ModuleNotFoundError):
+        return f'This command needs more than the base install. Got no {error.name}. Run: pip install ".[model]"'
+    return f"Something unexpected went wrong. Got {type(error).__name__}: {error}. Run again with --debug to see where."
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from control.schedule import dynamic_guidance
+from control.schedule import dynamic_guidance, refuse_frames, refuse_steps
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe.errors import ModelError, UsageError
@@ -20,7 +20,7 @@ COGVIDEOX_STEPS, COGVIDEOX_GUIDANCE = 50, 6.0
 @dataclass(frozen=True)
 class Size:
     """What the configuration of a model says: layers, heads, the joint sequence of one clip, latent frames of a
-    clip.
+    clip, values of one latent frame.
     """
 
     layers: int
@@ -28,6 +28,7 @@ class Size:
     layout: TokenLayout
     clip_frames: int
     compression: int
+    latent_values: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Job:
             return dynamic_guidance(timestep, self.steps, self.guidance)
         return self.guidance
 
+    def resolved(self) -> dict[str, Any]:
+        """Every "auto" as a number: what run.json keeps, and what a resumed run must find again."""
+        return {
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "overlap": self.segments.overlap if self.segments else None,
+            "shared steps": half_open(self.window.steps) if self.window else None,
+            "shared layers": half_open(self.window.layers) if self.window else None,
+        }
+
     def record_where(self) -> Where:
         """The calls that are recorded."""
         record = self.recipe.record
@@ -84,8 +95,14 @@ def prepare(recipe: Recipe) -> Job:
         overlap = None if recipe.segments.overlap == "auto" else recipe.segments.overlap
         segments = Segments.scaled(len(recipe.prompts), size.clip_frames, recipe.segments.transitions, overlap)
     job = Job(recipe, size, int(steps), float(guidance), segments, _window(recipe, int(steps), size))
+    refuse_steps(job.steps)
     job.record_where()
     return job
+
+
+def half_open(span: range) -> str:
+    """[start, stop) as text."""
+    return f"[{span.start}, {span.stop})"
 
 
 def _number(value: float | Auto, auto: float) -> float:
@@ -130,9 +147,13 @@ def _size(place: str) -> Size:
             f"A recipe's model must be a CogVideoX. Got {config.get('_class_name', 'no class name')} in {place}. "
             "Known: CogVideoXTransformer3DModel."
         )
+    refuse_frames(
+        (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1, config.get("patch_size_t")
+    )
     compression, patch_t = config.get("temporal_compression_ratio", 4), config.get("patch_size_t") or 1
     frames = (config["sample_frames"] - 1) // compression + 1
     patch = config["patch_size"]
     grid = Grid(-(-frames // patch_t), config["sample_height"] // patch, config["sample_width"] // patch)
     layout = TokenLayout("text-video", config["max_text_seq_length"], grid)
-    return Size(config["num_layers"], config["num_attention_heads"], layout, frames, compression)
+    values = config["in_channels"] * config["sample_height"] * config["sample_width"]
+    return Size(config["num_layers"], config["num_attention_heads"], layout, frames, compression, values)

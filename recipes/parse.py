@@ -55,8 +55,8 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
     """
     path = find(recipe)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        data = yaml.safe_load(text_of(path))
+    except yaml.YAMLError as error:
         cause = " ".join(str(error).split())
         raise RecipeError(f"A recipe must be readable YAML. Got {path.name}: {cause}. Mend that line.") from error
     if not isinstance(data, dict):
@@ -67,6 +67,20 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
     for text in overrides:
         _override(data, text)
     return validate(data | dict(values or {}), path.name)
+
+
+def text_of(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"A recipe must be a readable UTF-8 text. Got {path.name}: {error}. Check the file."
+        ) from error
 
 
 def validate(data: Mapping[str, Any], origin: str) -> Recipe:

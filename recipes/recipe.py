@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from probe.word import places_of, words_of
+
 Auto = Literal["auto"]
 
 
@@ -42,7 +44,7 @@ class Sampler(Part):
         description="model: the pipeline's own; ddim; dpm: SDE-DPM-Solver++ 2M as CogVideoX implements it",
     )
     steps: Annotated[int, Field(ge=1)] | Auto = Field(default="auto", description="denoising steps; must divide 1000")
-    guidance: Annotated[float, Field(ge=1)] | Auto = Field(
+    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] | Auto = Field(
         default="auto", description="scale of classifier-free guidance, or its peak when dynamic; auto: the model's own"
     )
     dynamic: bool = Field(default=False, description="CogVideoX's dynamic guidance, between 1 and 1 + guidance")
@@ -94,7 +96,7 @@ class Recipe(Part):
     """One run."""
 
     schema_version: Literal[1]
-    name: Text
+    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$", description="also part of the run folder's name")]
     description: str = ""
     model: Text = Field(default="miniature", description="miniature, a pipeline folder or a hub id")
     prompts: list[Text] = Field(min_length=1)
@@ -110,4 +112,8 @@ class Recipe(Part):
             raise ValueError(f"must have one prompt without segments, got {len(self.prompts)}; add segments to turn")
         if self.segments is None and any(edit.source == "previous_segment" for edit in self.edits):
             raise ValueError("must have segments for a transfer from previous_segment")
+        for word in self.record.words if self.record else ():
+            if not any(places_of(prompt, word) for prompt in self.prompts):
+                spoken = ", ".join(dict.fromkeys(w for prompt in self.prompts for w in words_of(prompt)))
+                raise ValueError(f"must record words of its prompts. Got {word!r}. The words are: {spoken}")
         return self

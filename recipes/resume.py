@@ -13,7 +13,8 @@ from probe.store import Run
 from recipes import parse
 from recipes.recipe import Recipe
 
-MUST_EQUAL = ("versions", "device", "threads", "dtype", "model")
+SOFTWARE = ("versions", "device", "backend", "threads", "dtype", "model")
+NUMBERS = ("recipe", "steps", "guidance", "overlap", "shared steps", "shared layers")
 
 
 def kept_of(state: State, timestep: int) -> dict[str, Any]:
@@ -37,6 +38,10 @@ def recipe_of(run: Run) -> Recipe:
         raise StoreError(
             f"A run to resume must have stopped early. Got one that is {run.status}, {run.path}. Start another."
         )
+    if "recipe" not in run.info:
+        raise StoreError(
+            f"A run to resume must come from a recipe. Got {run.path}, made by probe.record. Record it again."
+        )
     return parse.load(str(run.path / "recipe.yaml"))
 
 
@@ -46,11 +51,11 @@ def state_of(run: Run, now: dict[str, Any], start: State) -> State:
     Raises:
         StoreError: software, device, threads or model differ from those of the run: its bits would not go on.
     """
-    for name in MUST_EQUAL:
+    for name in (*SOFTWARE, *NUMBERS):
         if run.info.get(name) != now.get(name):
             raise StoreError(
-                f"A resumed run must go on with the same {', '.join(MUST_EQUAL)}. Got another {name}: {now.get(name)} "
-                f"instead of {run.info.get(name)}. Restore it, or start the recipe again."
+                f"A resumed run must go on with the same software, machine, model and recipe. Got another {name}: "
+                f"{now.get(name)} instead of {run.info.get(name)}. Restore it, or start the recipe again."
             )
     if not run.steps:
         return start

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ditctrl.method import MultiPrompt
 from probe.clock import Clock
 from probe.errors import MmditError
 from probe.models.load import load
-from probe.provenance import provenance
+from probe.plan import Plan
+from probe.provenance import provenance, where_from
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.recorder import Recorder, finish_video
@@ -40,7 +42,15 @@ def default_folder(recipe: Recipe) -> Path:
     return next(path for path in tries if not path.exists())
 
 
-def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False) -> Run:
+@dataclass(frozen=True)
+class Place:
+    """Where a model computes: `device` None is CUDA if there is one; `offload` keeps idle parts on the CPU."""
+
+    device: str | None = None
+    offload: bool = False
+
+
+def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False, place: Place | None = None) -> Run:
     """Run a recipe into the folder `out`.
 
     Raises:
@@ -48,11 +58,11 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False)
     """
     job = prepare(recipe)
     refuse_taken(out, force)
-    session = _open(job)
+    session = _open(job, place or Place())
     return _carry_out(session, RunWriter.create(out, _info(session), parse.dump(recipe), force), session.start(), quiet)
 
 
-def go_on(folder: Path, quiet: bool = False) -> Run:
+def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
     """Continue a run that was interrupted or failed after its last complete step; the video equals an undisturbed
     run's.
 
@@ -60,8 +70,8 @@ def go_on(folder: Path, quiet: bool = False) -> Run:
         StoreError: the run is done, or was made by other software, on another device or with another model.
     """
     run = Run(folder)
-    session = _open(prepare(resume.recipe_of(run)))
-    state = resume.state_of(run, provenance(session.loop.pipe), session.start())
+    session = _open(prepare(resume.recipe_of(run)), place or Place())
+    state = resume.state_of(run, _info(session), session.start())
     return _carry_out(session, RunWriter.reopen(folder), state, quiet)
 
 
@@ -76,7 +86,7 @@ class _Session:
     mass: RegionMass | None
     prompts: tuple[Prompt, ...]
     text: torch.Tensor
-    began: float = field(default_factory=time.perf_counter)
+    began: float
 
     def start(self) -> State:
         """Pure noise; the stock loop keeps latents in the text's dtype, DiTCtrl in float32."""
@@ -93,24 +103,26 @@ class _Session:
         return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock)
 
 
-def _open(job: Job) -> _Session:
-    sampler = job.recipe.sampler
-    loop = Loop(load(job.recipe.model), job.steps, sampler.seed, sampler.scheduler)
+def _open(job: Job, place: Place) -> _Session:
+    began, sampler = time.perf_counter(), job.recipe.sampler
+    with _out_of_memory():
+        pipe = load(job.recipe.model, device=place.device, offload=place.offload)
+    loop = Loop(pipe, job.steps, sampler.seed, sampler.scheduler)
     maps, mass = readouts(job)
     traced = trace(loop.pipe, *edits(job), *(h for h in (maps, mass) if h is not None))
     prompts = traced.tokenize(job.recipe.prompts)
-    if maps is not None:
-        maps.begin(prompts, 0, 0)  # an unknown word is refused before a folder is made
-    return _Session(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts))
+    Plan(traced.handlers, job.steps, job.size.layers, prompts)  # refuses what cannot work before a folder is made
+    return _Session(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), began)
 
 
 def _info(session: _Session) -> dict[str, Any]:
     scheduler, recipe = session.loop.scheduler, session.job.recipe
     return {
         **provenance(session.loop.pipe),
+        "recipe": sha256(parse.dump(recipe).encode()).hexdigest()[:16],
         "prompts": list(recipe.prompts),
         "seed": recipe.sampler.seed,
-        "steps": session.job.steps,
+        **session.job.resolved(),
         "fps": recipe.output.fps,
         "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
     }
@@ -118,7 +130,7 @@ def _info(session: _Session) -> dict[str, Any]:
 
 def _carry_out(session: _Session, writer: RunWriter, state: State, quiet: bool) -> Run:
     job, loop, recipe = session.job, session.loop, session.job.recipe
-    with writer, _out_of_memory():
+    with _interrupted(writer.folder), writer, _out_of_memory():
         stride = job.segments.stride if job.segments else 0
         recorder = Recorder(writer, session.prompts, session.maps, session.mass, lambda branch: branch.segment * stride)
         with tqdm(total=job.steps, initial=state.step, desc=recipe.name, unit="step", disable=quiet) as bar:
@@ -135,16 +147,28 @@ def _carry_out(session: _Session, writer: RunWriter, state: State, quiet: bool) 
 
 
 def _on_step(session: _Session, recorder: Recorder, bar: Any) -> Callable[[State], None]:
-    loop, traced = session.loop, session.traced
+    loop, traced, source = session.loop, session.traced, where_from(_info(session))
 
     def write(state: State) -> None:
         step = state.step - 1
         assert traced.layout is not None
-        attrs = {"timestep": loop.timesteps[step], "sigma": loop.sigma(step)}
+        attrs = {"timestep": loop.timesteps[step], "sigma": loop.sigma(step), **source}
         recorder.write(step, traced.layout, attrs, resume.kept_of(state, loop.timesteps[step]))
         bar.update()
 
     return write
+
+
+@contextlib.contextmanager
+def _interrupted(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        steps = len(Run(folder).steps)
+        raise MmditError(
+            f"The run must finish to give a video. Got an interrupt: {steps} finished steps stay readable in "
+            f"{folder}. Go on with: mmdit resume {folder}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -153,8 +177,8 @@ def _out_of_memory() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MmditError(
-            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Use fewer prompts or "
-            "transition segments."
+            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Try --offload, or fewer "
+            "prompts or transition segments."
         ) from error
 
 

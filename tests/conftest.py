@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 

@@ -21,7 +21,7 @@ HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate", "torchme
 
 LIGHT = (
     *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film")),
-    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "maps", "say", "cli")),
+    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "heatmap", "console", "cli")),
     "dashboards/*",
 )
 """Files that must be importable without torch."""

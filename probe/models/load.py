@@ -42,11 +42,14 @@ def locate(model: str) -> str:
     return model
 
 
-def load(model: str = "miniature", *, device: str | None = None, dtype: Any = None, **kwargs: Any) -> Any:
+def load(
+    model: str = "miniature", *, device: str | None = None, dtype: Any = None, offload: bool = False, **kwargs: Any
+) -> Any:
     """A diffusers pipeline of a known family, in evaluation mode on `device` (CUDA if there is one).
 
     It is the stock class; only the defaults of its call are filled in: what the model needs (`max_sequence_length`)
     and what its card recommends (`miniature.json`). `dtype` defaults to float32 on the CPU and bfloat16 on a GPU.
+    `offload` keeps the parts that are not at work on the CPU.
 
     Raises:
         ModelError: not found, not loadable (the cause is named), or of an unknown family.
@@ -71,6 +74,9 @@ def load(model: str = "miniature", *, device: str | None = None, dtype: Any = No
     family = family_of(pipe.transformer)
     with_defaults(pipe, family.call_defaults(pipe) | card(place))
     pipe.set_progress_bar_config(disable=True)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe.to(device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,11 +16,40 @@ from torch import Tensor
 
 from probe import attend
 from probe.call import AttentionCall
+from probe.clock import Clock
 from probe.errors import MmditError, ProofError
 from probe.models.family import family_of
+from probe.plan import Handler, Stage
+from probe.site import Branch, Where
 from probe.tap import Tap
+from probe.tracer import Traced
 
 Observe = Callable[[AttentionCall], None]
+
+
+@dataclass(eq=False)
+class _Look(Handler):
+    """A readout that needs the log-sum-exp: recording takes the kernel's other form."""
+
+    where: Where = field(default_factory=Where)
+    stage = Stage.USED
+    needs_lse = True
+
+    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
+        if not torch.isfinite(call.lse()).all():
+            raise ProofError(f"A log-sum-exp must be finite. Got another at {call.site}. Check the checkpoint for NaN.")
+
+
+@dataclass(eq=False)
+class _Double(Handler):
+    """An edit: v twice as large."""
+
+    where: Where = field(default_factory=Where)
+    stage = Stage.EDIT
+    touches = frozenset("v")
+
+    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
+        call.rebind(v=call.v * 2)
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,7 @@ class _Bench:
 
     @torch.no_grad()
     def forward(self, observe: Observe | None = None, **changed: Tensor) -> Tensor:
-        """The model's output; `observe` may look at each call, or rebind its tensors."""
+        """The model's output; `observe` looks at each call."""
         make = self.tap.make_call
 
         def watched(*arguments: Any) -> AttentionCall:
@@ -83,6 +112,15 @@ class _Bench:
             return self.model(**(self.inputs | changed), return_dict=False)[0]
         finally:
             self.tap.make_call = make
+
+    def traced(self, *handlers: Handler) -> Tensor:
+        """The model's output through the trace loop, served to `handlers`."""
+
+        def drive(clock: Clock) -> Tensor:
+            clock.tell(step=0, steps=1, branches=[Branch()])
+            return self.forward()
+
+        return Traced(self.pipe, handlers).run(drive, tap=self.tap)
 
     def first_queries(self, **changed: Tensor) -> Tensor:
         """q of layer 0, [B, H, N, D]: each row depends on its own token alone."""
@@ -151,7 +189,6 @@ def _same_rows(name: str, expected: slice, plain: Tensor, moved: Tensor) -> None
 
 
 def _nothing_changes(bench: _Bench) -> str:
-    tapped = bench.forward()
     tap = bench.tap
     rerouted = [module.processor for module in tap.modules]
     _install(tap, tap.plain)
@@ -159,12 +196,15 @@ def _nothing_changes(bench: _Bench) -> str:
         plain = bench.forward()
     finally:
         _install(tap, rerouted)
-    if not torch.equal(tapped, plain):
-        raise ProofError(
-            "The tapped model must give the plain model's bits. Got a difference of "
-            f"{(tapped - plain).abs().max():.1e}. Another wrapper changes the model."
-        )
-    return "the tapped model is bit-identical to the plain one"
+    outputs = {"tapped": bench.forward(), "traced": bench.traced(), "recorded": bench.traced(_Look())}
+    for name, output in outputs.items():
+        if not torch.equal(output, plain):
+            raise ProofError(
+                f"The {name} model must give the plain model's bits. Got a difference of "
+                f"{(output - plain).abs().max():.1e}. Another wrapper changes the model, or its kernel is not "
+                "repeatable."
+            )
+    return "tapped, traced and recorded, the model is bit-identical to the plain one"
 
 
 def _install(tap: Tap, processors: list[Any]) -> None:
@@ -173,14 +213,9 @@ def _install(tap: Tap, processors: list[Any]) -> None:
 
 
 def _every_edit_counts(bench: _Bench) -> str:
-    plain = bench.forward()
+    plain = bench.traced()
     for layer in range(bench.layers):
-
-        def double(call: AttentionCall, chosen: int = layer) -> None:
-            if call.site.layer == chosen:
-                call.rebind(v=call.v * 2)
-
-        if torch.equal(bench.forward(double), plain):
+        if torch.equal(bench.traced(_Double(Where(layers=layer))), plain):
             raise ProofError(
                 f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its output "
                 "projection is zero, or its result is unused. Check the checkpoint."

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from probe import attend, region
 from probe.call import AttentionCall
-from probe.errors import WordError
 from probe.layout import TokenLayout
 from probe.plan import Handler, Stage
 from probe.readout.word import conditional
@@ -67,10 +66,6 @@ class RegionMass(Handler):
 def _table(call: AttentionCall, row: int, where: Where) -> Tensor:
     layout, heads = call.layout, list(where.head_list(call.q.shape[1]))
     prompt = call.prompt_of(call.branches[row])
-    if prompt is None:
-        raise WordError(
-            "Region mass must know the prompt, to tell padding apart. Got a run without one. Pass prompt=..."
-        )
     q, k, v = (x[row : row + 1, heads] for x in (call.q, call.k, call.v))
     lse = call.lse()[row : row + 1, heads]
     text, padding = (torch.from_numpy(r.mask(layout, prompt)).to(q.device) for r in (region.text(), region.padding()))

@@ -54,7 +54,7 @@ class WordMaps(Handler):
         directions: Sequence[Direction] = ("vt", "tv"),
         per_head: bool = False,
     ) -> None:
-        self.words, self.directions, self.per_head = words, tuple(directions), per_head
+        self.words, self.directions, self.per_head = tuple(dict.fromkeys(words)), tuple(directions), per_head
         self.where = conditional(where)
         self.begin((), 0, 0)
 
@@ -69,6 +69,7 @@ class WordMaps(Handler):
         """
         self.maps: dict[tuple[int, Branch, int], dict[str, NDArray[np.float32]]] = {}
         self.words_of: dict[Branch, tuple[str, ...]] = {}
+        self._count = max([len(self.words), *(len(_words_of(self.words, prompt)) for prompt in prompts)])
         for word in self.words if prompts else ():
             if not any(prompt.has(word) for prompt in prompts):
                 spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
@@ -79,12 +80,7 @@ class WordMaps(Handler):
         for row in rows:
             branch = call.branches[row]
             prompt = call.prompt_of(branch)
-            if prompt is None:
-                raise WordError(
-                    f"Word maps must know the prompt. Got a run without one for {self}. Pass prompt=..., or prompts "
-                    "to run()."
-                )
-            words = tuple(w for w in self.words if prompt.has(w)) if self.words else tuple(dict.fromkeys(prompt.words))
+            words = _words_of(self.words, prompt)
             if words:
                 tokens = [[call.layout.text_slice.start + t for t in prompt.tokens_of(w)] for w in words]
                 self.words_of[branch] = words
@@ -93,7 +89,7 @@ class WordMaps(Handler):
 
     def cost(self, layout: TokenLayout) -> float:
         """A few columns and a few rows of the matrix."""
-        return len(self.directions) * max(1, len(self.words)) / layout.total
+        return len(self.directions) * self._count / layout.total
 
     def word_map(
         self, word: str, step: int, layer: int, branch: Branch, direction: Direction = "vt"
@@ -107,6 +103,14 @@ class WordMaps(Handler):
         if not self.per_head:
             lift = lift.mean(0, keepdim=True)
         return lift.unflatten(-1, call.layout.grid.shape).float().cpu().numpy()
+
+
+def _words_of(asked: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
+    """The asked words that a prompt has; every word, each once whatever its case, when none is asked for."""
+    every: dict[str, str] = {}
+    for word in prompt.words:
+        every.setdefault(word.casefold(), word)
+    return tuple(word for word in asked or every.values() if prompt.has(word))
 
 
 def conditional(where: Where | None) -> Where:

@@ -139,6 +139,15 @@ def test_transfer_from_itself_is_the_identity(pipe):
     assert torch.equal(tiny.latents(probe.trace(pipe, nobody)), tiny.latents(pipe))
 
 
+def test_chained_transfers_do_not_depend_on_their_order(pipe):
+    prompts = [tiny.PROMPT, tiny.OTHER, "the cat sits on grass"]
+    here = probe.Where(steps=0, layers=0)
+    one, other = control.Transfer("kv", 0, 1, here), control.Transfer("kv", 1, 2, here)
+    first = tiny.latents(probe.trace(pipe, one, other), prompts)
+    assert torch.equal(first, tiny.latents(probe.trace(pipe, other, one), prompts))
+    assert torch.equal(first[2], tiny.latents(probe.trace(pipe, other), prompts)[2])
+
+
 def test_transfer_refuses(pipe):
     with pytest.raises(UsageError, match="tensors among q, k, v"):
         control.Transfer("kx", source=0)

@@ -5,7 +5,7 @@ import torch
 
 from probe import Branch, Progress, Site, Where, Which
 from probe.clock import Clock
-from probe.errors import PlanError, UsageError
+from probe.errors import PlanError, TapError, UsageError
 from probe.plan import Handler, Plan, Stage
 from probe.site import chosen
 
@@ -80,6 +80,8 @@ def test_the_plan_orders_and_explains():
         (Edit(Where(steps=0)), Edit(Where(steps=1))),
         (Edit(Where(heads=0)), Edit(Where(heads={1, 2}))),
         (Edit(Where(branches=Which(prompt=0))), Edit(Where(branches=Which(prompt=1)))),
+        (Edit(Where(heads=Progress(0, 0.5))), Edit(Where(heads=1))),  # overlap is seen when the number of heads is
+        (Edit(Where(turns=0)), Edit(Where(turns=1))),
     ],
 )
 def test_edits_apart_do_not_clash(one, other):
@@ -88,7 +90,7 @@ def test_edits_apart_do_not_clash(one, other):
 
 def test_edits_at_one_place_clash():
     with pytest.raises(PlanError, match="must not change the same tensor"):
-        Plan([Edit(Where(heads={0, 1})), Edit(Where(heads=1, steps=1))], steps=2, layers=2)
+        Plan([Edit(Where(layers={0, 1})), Edit(Where(heads=1, steps=1))], steps=2, layers=2)
 
 
 def clock():
@@ -103,6 +105,22 @@ def test_the_clock_reads_distinct_timesteps():
     assert seen == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
     assert c.steps == 10
     assert len(c.branches) == 2
+
+
+def test_a_second_run_in_one_trace_is_refused():
+    c = clock()
+    for t in range(10):
+        c.forward(torch.tensor([999 - t]), 1)
+    with pytest.raises(TapError, match="must cover one run of 10 steps. Got step 10"):
+        c.forward(torch.tensor([999]), 1)
+
+
+def test_a_clock_told_once_must_be_told_always():
+    c = clock()
+    c.tell(0, 2, [Branch()])
+    c.forward(torch.tensor([999]), 1)
+    with pytest.raises(TapError, match="before each model forward"):
+        c.forward(torch.tensor([500]), 1)
 
 
 def test_told_beats_read():

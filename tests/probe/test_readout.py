@@ -59,12 +59,64 @@ def test_word_maps_average_heads_and_can_choose_them():
         assert np.array_equal(second.maps[key]["tv"][0], maps["tv"][1])
 
 
-def test_word_maps_see_the_conditional_half_unless_asked():
+def test_readouts_of_words_see_the_conditional_half_only():
+    """The unconditional half shows the negative prompt, whose words and padding are others."""
     default = probe.WordMaps("cat")
-    unconditional = probe.WordMaps("cat", where=probe.Where(branches=probe.Which(guided=False)))
-    recorded(torch.float32, default, unconditional)
+    recorded(torch.float32, default)
     assert {branch.guided for _, branch, _ in default.maps} == {True}
-    assert {branch.guided for _, branch, _ in unconditional.maps} == {False}
+    unconditional = probe.Where(branches=probe.Which(guided=False))
+    for readout in (probe.WordMaps("cat", where=unconditional), probe.RegionMass(where=unconditional)):
+        with pytest.raises(probe.MmditError, match="must look at conditional branches. Got unconditional prompt 0"):
+            recorded(torch.float32, readout)
+
+
+def test_words_are_named_once_and_those_cut_off_are_left_out():
+    readout, twice = probe.WordMaps(), probe.WordMaps("cat", "cat")
+    recorded(torch.float32, readout, twice, prompt="A cat and a dog and a cat on the snow " + "runs " * 3 + "left")
+    assert next(iter(readout.words_of.values())) == ("A", "cat", "and", "dog", "on", "the", "snow")
+    assert next(iter(twice.words_of.values())) == ("cat",)
+
+
+def test_each_stage_sees_its_own_tensors():
+    """Before an edit, after it, and the output that is merged."""
+
+    @dataclass(eq=False)
+    class Look(Handler):
+        stage: Stage
+        where: probe.Where = field(default_factory=lambda: probe.Where(layers=0, steps=0))
+
+        def serve(self, call, rows):
+            self.lse, self.k, self.q, self.out = call.lse().clone(), call.k, call.q, call.out
+
+    @dataclass(eq=False)
+    class Edit(Handler):
+        stage: Stage
+        where: probe.Where = field(default_factory=lambda: probe.Where(layers=0, steps=0))
+        touches = frozenset("k")
+
+        def serve(self, call, rows):
+            if self.stage == Stage.EDIT:
+                call.rebind(k=call.k * 2)
+            else:
+                call.out = call.out * 0
+
+    pipe, before, used = tiny.pipeline(), Look(Stage.BEFORE), Look(Stage.USED)
+    plain = tiny.latents(pipe, steps=1)
+    tiny.latents(probe.trace(pipe, used, Edit(Stage.EDIT), before), steps=1)
+    assert before.out is None
+    assert torch.equal(used.k, before.k * 2)
+    for seen in (before, used):
+        expected = (seen.q.double() @ seen.k.double().mT / 4).logsumexp(-1)
+        assert (seen.lse - expected).abs().max() < 1e-5
+    assert (used.out - weights(used.q, used.k) @ call_v(pipe)).abs().max() < 1e-5
+    merged = tiny.latents(probe.trace(pipe, Edit(Stage.MERGE)), steps=1)
+    assert not torch.equal(merged, plain)
+
+
+def call_v(pipe):
+    keep = KeepCalls()
+    tiny.latents(probe.trace(pipe, keep), steps=1)
+    return keep.calls[0, 0].v.double()
 
 
 def test_every_word_when_none_is_named():

@@ -3,16 +3,21 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import yaml
 
+import probe
 from probe.store import Run
+from recipes import heatmap, resume
 from recipes.cli import main
 from tests import tiny
 
@@ -99,6 +104,7 @@ def test_dry_run_writes_nothing(toy, tmp_path, capsys):
     assert facts["segments"] == 4
     assert facts["video frames"] == 21
     assert facts["shared steps"] == "[0, 2)"
+    assert facts["states to resume from"] == f"{2 * 4 * 5 * 6 * 4 * 8 * 8 / 1e6:.1f} MB"
     assert facts["shared layers"] == "[2, 3)"
     assert facts["clip forwards"] == 2 * 2 * 6 + 3 * 2 * 4
 
@@ -186,15 +192,22 @@ def test_doctor(capsys):
         (["run", "ditctrl", "-p", "only one"], 2, "at least two prompts"),
         (["run", "ditctrl", "-p", "a cat", "-p", "  "], 2, "prompts.1 must have at least one word"),
         (["record", ""], 2, "prompts.0 must have at least one word"),
-        (["record", tiny.PROMPT, "--words", "dog"], 2, "Got 'dog'"),
+        (["record", tiny.PROMPT, "--words", "dog"], 2, "Got 'dog'. The words are: a, red, cat"),
+        (["run", "ditctrl", "--set", "guidance=.inf"], 2, "sampler.guidance must be"),
+        (["run", "ditctrl", "--set", "name=../evil"], 2, "name must be"),
+        (["run", "ditctrl", "--dry-run", "--set", "steps=30"], 2, "must divide 1000"),
+        (["run", "ditctrl", "--dry-run", "--set", "record.words=[zebra]"], 2, "Got 'zebra'"),
+        (["run"], 2, "Missing argument"),
+        (["run", "ditctrl", "--stesp", "5"], 2, "No such option"),
+        (["run", "ditctrl", "--format", "xml"], 2, "'xml' is not one of"),
         (["run", "record", "--set", "prompts=[a cat, a dog]"], 2, "must have one prompt without segments"),
     ],
 )
 def test_a_wrong_request_gets_one_sentence(capsys, toy, tmp_path, arguments, code, sentence):
     out = tmp_path / "run"
     two = TWO if arguments[:2] == ["run", "ditctrl"] and "-p" not in arguments else []
-    line = refused(capsys, [*arguments, *two, "-m", toy, "--out", str(out)], code)
-    assert sentence in line
+    rest = [*two, "-m", toy, "--out", str(out)] if arguments != ["run"] else []
+    assert sentence in refused(capsys, [*arguments, *rest], code)
     assert not out.exists()
 
 
@@ -265,8 +278,6 @@ def test_an_unreachable_hub_id(capsys, tmp_path):
 
 
 def test_a_corrupted_checkpoint(capsys, toy, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(toy, broken)
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -277,8 +288,6 @@ def test_a_corrupted_checkpoint(capsys, toy, tmp_path):
 
 
 def test_an_unknown_family(capsys, toy, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     shutil.copytree(toy, other)
     config = json.loads((other / "transformer" / "config.json").read_text())
@@ -368,14 +377,119 @@ def test_a_stopped_run_goes_on_to_the_same_video(toy, recorded, tmp_path, monkey
     assert "must have stopped early" in refused(capsys, ["resume", str(folder)], 1)
 
 
-def test_a_run_of_another_machine_does_not_go_on(toy, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def stopped(toy, tmp_path_factory):
+    """A run that failed at its very end."""
     from recipes import run
 
-    monkeypatch.setattr(run, "finish_video", lambda *a: 1 / 0)
-    refused(capsys, story(toy, tmp_path / "run"), 1)
-    info = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"threads": 77}))
-    assert "Got another threads: " in refused(capsys, ["resume", str(tmp_path / "run")], 1)
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "finish_video", lambda *a: 1 / 0)
+        with pytest.raises(SystemExit):
+            main(story(toy, folder))
+    assert Run(folder).status == "failed"
+    return folder
+
+
+@pytest.mark.parametrize("name", [*resume.SOFTWARE, *resume.NUMBERS])
+def test_a_run_made_otherwise_does_not_go_on(stopped, tmp_path, capsys, name):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    info = json.loads((folder / "run.json").read_text())
+    assert name in info
+    (folder / "run.json").write_text(json.dumps(info | {name: "another"}))
+    assert f"Got another {name}: " in refused(capsys, ["resume", str(folder)], 1)
+
+
+def test_an_edited_recipe_does_not_go_on(stopped, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    text = (folder / "recipe.yaml").read_text().replace("seed: 3", "seed: 4")
+    (folder / "recipe.yaml").write_text(text)
+    assert "Got another recipe: " in refused(capsys, ["resume", str(folder)], 1)
+
+
+def test_the_fingerprint_knows_a_changed_model(toy, tmp_path):
+    from probe.provenance import fingerprint
+
+    seen = {fingerprint(Path(toy))}
+    for i, name in enumerate(
+        ("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors")
+    ):
+        copy = tmp_path / str(i)
+        shutil.copytree(toy, copy)
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(data[:-1] + b" ")
+        seen.add(fingerprint(copy))
+    assert len(seen) == 4
+    assert fingerprint(tmp_path / "nowhere") is None
+
+
+def test_heat_of_a_segment_lies_on_its_own_frames(recorded):
+    run, lift = Run(recorded), np.zeros((3, 4, 4), np.float32)
+    lift[1, 2, 3] = 1.0
+    picked = heatmap.Picked("dog", None, None, None, 3, "vt", lift)
+    frames, heated = heatmap._heat(run, picked)
+    changed = (np.abs(heated.astype(int) - frames) > 3).any(-1)
+    # latent frames 3, 4, 5 of 6 are pixel frames 9 to 20; the middle one is 13 to 16
+    assert len(frames) == 12
+    whole = np.asarray(iio.imread(run.video))
+    assert np.array_equal(frames, whole[9:21])
+    assert changed.any((1, 2)).tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    assert not changed[:, :128].any()
+
+
+def test_maps_without_ffmpeg_lie_on_the_gif(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr("probe.film.has_ffmpeg", lambda: False)
+    main_ok(["maps", str(recorded), "--word", "dog", "--out", str(tmp_path / "dog.png")])
+    assert (tmp_path / "dog.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("extra", [["--export", "gif", "--out", "x.txt"], ["--out", "x"], ["--out", "x.pdf"]])
+def test_an_export_of_no_kind(recorded, capsys, extra):
+    assert "must be a file ending in .npz" in refused(capsys, ["maps", str(recorded), "--word", "dog", *extra], 2)
+
+
+def test_interrupt_before_anything_was_written(toy, tmp_path, monkeypatch, capsys):
+    from recipes import run
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "load", interrupted)
+    assert "Interrupted before anything was written" in refused(capsys, story(toy, tmp_path / "run"), 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_model_libraries(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "probe.models.prove", None)
+    assert "Got no probe.models.prove. Run: pip install" in refused(capsys, ["check", toy], 1)
+
+
+def test_what_probe_record_made_cannot_be_resumed(tmp_path, capsys):
+    pipe = tiny.pipeline()
+    run = probe.record(pipe, tiny.PROMPT, words="cat", out=tmp_path / "run", num_inference_steps=2)
+    assert run.words == ("cat",)
+    info = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(info | {"status": "failed"}))
+    assert "made by probe.record" in refused(capsys, ["resume", str(run.path)], 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ({"generator": 1}, "must set generator"),
+        ({"output_type": "pil"}, "Got output_type"),
+        ({"callback_on_step_end": print}, "Got callback_on_step_end"),
+        ({"fps": 0}, "fps must be at least 1"),
+        ({"steps": 9, "num_inference_steps": 2}, "must lie in 0 to 1"),
+        ({"words": ["zebra"]}, "Got 'zebra'"),
+    ],
+)
+def test_probe_record_refuses_before_it_starts(tmp_path, call, sentence):
+    with pytest.raises(probe.MmditError, match=sentence):
+        probe.record(tiny.pipeline(), tiny.PROMPT, out=tmp_path / "run", **call)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_recipes_are_what_they_say():

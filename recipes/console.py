@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -70,13 +69,6 @@ def outcome(run: Run) -> dict[str, Any]:
         "seconds": info.get("seconds"),
         "next": f"mmdit maps {run.path}" if run.words else None,
     }
-
-
-def interrupted(folder: Path) -> str:
-    """What Ctrl-C left behind."""
-    steps = len(list(folder.glob("steps/*.h5")))
-    kept = f"{steps} finished steps stay readable in {folder}" if steps else "nothing was recorded yet"
-    return f"The run must finish to give a video. Got an interrupt: {kept}. Go on with: mmdit resume {folder}"
 
 
 def contents(run: Run) -> dict[str, Any]:

@@ -86,13 +86,19 @@ def summary(picked: Picked) -> dict[str, Any]:
     }
 
 
-def export(run: Run, picked: Picked, kind: str, out: Path | None) -> Path:
+def export(run: Run, picked: Picked, kind: str | None, out: Path | None) -> Path:
     """Write a map as npz, csv, png (contact sheet), gif or mp4 (heat over the frames).
 
     Raises:
         UsageError: pictures are asked for and the run has no video.
         StoreError: the file cannot be written.
     """
+    kind = kind or (out.suffix[1:] if out else "")
+    if kind not in _WRITERS or (out is not None and out.suffix != f".{kind}"):
+        raise UsageError(
+            f"An export must be a file ending in {', '.join('.' + name for name in _WRITERS)}. Got {out or kind}. "
+            "Name --out by its kind, or leave it out."
+        )
     path = out or run.path / f"{picked.word.replace(' ', '_')}_{picked.direction}.{kind}"
     try:
         _WRITERS[kind](run, picked, path)
@@ -139,10 +145,21 @@ def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
         raise UsageError(
             f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv."
         )
-    frames = np.asarray(iio.imread(run.video))
+    frames = _frames(run)
     if picked.segment is None:
         return frames, film.overlay(frames, picked.lift)
-    start = int(run.segment_attrs(picked.segment)["start_frame"])
-    first = max(0, 4 * start - 3)
-    shown = frames[first : first + 4 * (len(picked.lift) - 1) + 1]
-    return shown, film.overlay(shown, picked.lift)
+    starts = {s: int(run.segment_attrs(s)["start_frame"]) for s, _ in run.segments}
+    start, length = starts[picked.segment], len(picked.lift)
+    whole = np.zeros((max(starts.values()) + length, *picked.lift.shape[1:]), np.float32)
+    whole[start : start + length] = picked.lift
+    tokens = film.frames_of_tokens(len(frames), len(whole))
+    inside = (tokens >= start) & (tokens < start + length)
+    return frames[inside], film.overlay(frames, whole)[inside]
+
+
+def _frames(run: Run) -> film.Frames:
+    """Pixel frames of the video; of the GIF where no ffmpeg is installed."""
+    gif = run.path / "video.gif"
+    if not film.has_ffmpeg() and gif.is_file():
+        return np.asarray(iio.imread(gif))[..., :3]
+    return np.asarray(iio.imread(str(run.video)))
