@@ -71,7 +71,9 @@ class Index:
         for head in self.heads():
             for place, found in head.segments.items():
                 words[place] = union([words.get(place, ()), found.words])
-        if segment is not None or not words:
+        if not words:
+            raise UsageError("A run must have recorded attention to be read. Got none in its steps. Record it again.")
+        if segment is not None:
             check("segment", segment, sorted({place[0] for place in words}))
             words = {place: names for place, names in words.items() if place[0] == segment}
         if role is not None:

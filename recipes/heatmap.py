@@ -52,6 +52,8 @@ def choose(
     Frames whose segments do not have the word are 0.
     """
 
+    word = next((known for known in run.words if known.casefold() == word.casefold()), word)
+
     def read(number: int | None) -> NDArray[np.float32]:
         return run.word_map(word, layer=layer, step=step, head=head, segment=number, direction=direction)
 

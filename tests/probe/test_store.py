@@ -173,7 +173,7 @@ def test_nothing_recorded_is_said(writer):
     writer.write_step(0, {}, [])
     run = Run(writer.folder)
     assert (run.words, run.layers, run.segments) == ((), (), ())
-    with pytest.raises(UsageError, match="segment must be one that was recorded. Got None. Recorded: none."):
+    with pytest.raises(UsageError, match="must have recorded attention to be read. Got none"):
         run.word_map("red")
 
 
