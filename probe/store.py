@@ -239,8 +239,7 @@ def list_runs(folder: str | os.PathLike[str]) -> list[Run]:
     runs = []
     for place in places:
         with contextlib.suppress(StoreError):
-            run = Run(place)
-            runs.append((str(run.info.get("started", "")), run))
+            runs.append((str((run := Run(place)).info.get("started", "")), run))
     return [run for _, run in sorted(runs, key=lambda pair: pair[0], reverse=True)]
 
 
