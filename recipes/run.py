@@ -58,8 +58,8 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
     """
     job = prepare(recipe)
     refuse_taken(out, force)
-    session = _open(job, place or Place())
-    return _carry_out(session, RunWriter.create(out, _info(session), parse.dump(recipe), force), session.start(), quiet)
+    loaded = _open(job, place or Place())
+    return _carry_out(loaded, RunWriter.create(out, _info(loaded), parse.dump(recipe), force), loaded.start(), quiet)
 
 
 def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
@@ -70,13 +70,13 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
         StoreError: the run is done, or was made by other software, on another device or with another model.
     """
     run = Run(folder)
-    session = _open(prepare(resume.recipe_of(run)), place or Place())
-    state = resume.state_of(run, _info(session), session.start())
-    return _carry_out(session, RunWriter.reopen(folder), state, quiet)
+    loaded = _open(prepare(resume.recipe_of(run)), place or Place())
+    state = resume.state_of(run, _info(loaded), loaded.start())
+    return _carry_out(loaded, RunWriter.reopen(folder), state, quiet)
 
 
 @dataclass(frozen=True)
-class _Session:
+class _Loaded:
     """A job with its loaded pipeline and its readouts."""
 
     job: Job
@@ -103,7 +103,7 @@ class _Session:
         return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock)
 
 
-def _open(job: Job, place: Place) -> _Session:
+def _open(job: Job, place: Place) -> _Loaded:
     began, sampler = time.perf_counter(), job.recipe.sampler
     with _out_of_memory():
         pipe = load(job.recipe.model, device=place.device, offload=place.offload)
@@ -112,42 +112,42 @@ def _open(job: Job, place: Place) -> _Session:
     traced = trace(loop.pipe, *edits(job), *(h for h in (maps, mass) if h is not None))
     prompts = traced.tokenize(job.recipe.prompts)
     Plan(traced.handlers, job.steps, job.size.layers, prompts)  # refuses what cannot work before a folder is made
-    return _Session(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), began)
+    return _Loaded(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), began)
 
 
-def _info(session: _Session) -> dict[str, Any]:
-    scheduler, recipe = session.loop.scheduler, session.job.recipe
+def _info(loaded: _Loaded) -> dict[str, Any]:
+    scheduler, recipe = loaded.loop.scheduler, loaded.job.recipe
     return {
-        **provenance(session.loop.pipe),
+        **provenance(loaded.loop.pipe),
         "recipe": sha256(parse.dump(recipe).encode()).hexdigest()[:16],
         "prompts": list(recipe.prompts),
         "seed": recipe.sampler.seed,
-        **session.job.resolved(),
+        **loaded.job.resolved(),
         "fps": recipe.output.fps,
         "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
     }
 
 
-def _carry_out(session: _Session, writer: RunWriter, state: State, quiet: bool) -> Run:
-    job, loop, recipe = session.job, session.loop, session.job.recipe
+def _carry_out(loaded: _Loaded, writer: RunWriter, state: State, quiet: bool) -> Run:
+    job, loop, recipe = loaded.job, loaded.loop, loaded.job.recipe
     with _interrupted(writer.folder), writer, _out_of_memory():
         stride = job.segments.stride if job.segments else 0
-        recorder = Recorder(writer, session.prompts, session.maps, session.mass, lambda branch: branch.segment * stride)
+        recorder = Recorder(writer, loaded.prompts, loaded.maps, loaded.mass, lambda branch: branch.segment * stride)
         with tqdm(total=job.steps, initial=state.step, desc=recipe.name, unit="step", disable=quiet) as bar:
-            on_step = _on_step(session, recorder, bar)
+            on_step = _on_step(loaded, recorder, bar)
             if state.step < job.steps:
                 start = state
-                drive = lambda clock: denoise(loop, session.predict(clock), start, on_step)  # noqa: E731
-                state = session.traced.run(drive, recipe.prompts)
+                drive = lambda clock: denoise(loop, loaded.predict(clock), start, on_step)  # noqa: E731
+                state = loaded.traced.run(drive, recipe.prompts)
         finish_video(writer.folder, loop.decode(state.latents)[0], recipe.output.fps, ", then ".join(recipe.prompts))
         loop.close()
-        seconds = round(time.perf_counter() - session.began, 1)
+        seconds = round(time.perf_counter() - loaded.began, 1)
         writer.finish("done", seconds=seconds, clip_forwards=sum(clip_forwards(job)))
     return Run(writer.folder)
 
 
-def _on_step(session: _Session, recorder: Recorder, bar: Any) -> Callable[[State], None]:
-    loop, traced, source = session.loop, session.traced, where_from(_info(session))
+def _on_step(loaded: _Loaded, recorder: Recorder, bar: Any) -> Callable[[State], None]:
+    loop, traced, source = loaded.loop, loaded.traced, where_from(_info(loaded))
 
     def write(state: State) -> None:
         step = state.step - 1

@@ -1,4 +1,6 @@
-"""The shipped miniature: what it is made of, that stock diffusers loads it, and that it still draws what it is asked for."""
+"""The shipped miniature: what it is made of, that stock diffusers loads it, and that it still draws what it is asked
+for.
+"""
 
 import json
 import subprocess
