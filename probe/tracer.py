@@ -17,7 +17,7 @@ from probe.call import AttentionCall
 from probe.clock import Clock
 from probe.errors import TapError
 from probe.layout import TokenLayout
-from probe.models.family import family_of
+from probe.models.registry import family_of
 from probe.plan import Handler, Plan
 from probe.site import Site
 from probe.tap import Tap

@@ -13,8 +13,8 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from probe.models.family import family_of
 from probe.models.load import with_defaults
+from probe.models.registry import family_of
 
 TEXT = 12
 WORDS = ["a", "the", "cat", "dog", "red", "blue", "runs", "sits", "left", "right", "on", "grass", "snow", "and"]

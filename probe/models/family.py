@@ -1,4 +1,4 @@
-"""What the probe needs to know of a model family, as data, and the one list of families."""
+"""What the probe needs to know of a model family, as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from probe.errors import ModelError
 from probe.layout import TokenLayout
 from probe.site import Branch
 
@@ -42,23 +41,3 @@ class Family:
         """The arguments of a model forward by name."""
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         return dict(zip(names, args, strict=False)) | kwargs
-
-
-def families() -> tuple[Family, ...]:
-    """The families this version knows."""
-    from probe.models.cogvideox import COGVIDEOX
-
-    return (COGVIDEOX,)
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family of a transformer.
-
-    Raises:
-        ModelError: none of the known ones; lists them.
-    """
-    for family in families():
-        if type(model).__name__ == family.transformer:
-            return family
-    known = ", ".join(f"{family.name} ({family.transformer})" for family in families())
-    raise ModelError(f"A model must belong to a known family. Got {type(model).__name__}. Known: {known}.")

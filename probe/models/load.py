@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from probe.errors import ModelError
-from probe.models.family import families, family_of
+from probe.models.registry import FAMILIES, family_of
 
 MINIATURE = Path(__file__).resolve().parents[2] / "data" / "miniature"
 
@@ -69,7 +69,7 @@ def load(
             "folder, or download it again."
         ) from error
     if getattr(pipe, "transformer", None) is None:
-        names = ", ".join(name for family in families() for name in family.pipelines)
+        names = ", ".join(name for family in FAMILIES for name in family.pipelines)
         raise ModelError(f"A pipeline must have a transformer. Got {type(pipe).__name__}. Known pipelines: {names}.")
     family = family_of(pipe.transformer)
     with_defaults(pipe, family.call_defaults(pipe) | card(place))

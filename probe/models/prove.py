@@ -18,7 +18,7 @@ from probe import attend
 from probe.call import AttentionCall
 from probe.clock import Clock
 from probe.errors import MmditError, ProofError
-from probe.models.family import family_of
+from probe.models.registry import family_of
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where
 from probe.tap import Tap

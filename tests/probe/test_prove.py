@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 import probe
 from probe import TokenLayout, attend
 from probe.attend import State
-from probe.models.family import family_of
 from probe.models.prove import prove
+from probe.models.registry import family_of
 from probe.tap import Tap
 from tests import tiny
 

@@ -205,3 +205,13 @@ def test_regions_name_tokens():
         region.frames(3).indices(layout)
     with pytest.raises(probe.MmditError, match="must come with the prompt"):
         region.words("cat").indices(layout)
+
+
+def test_predicted_cost_counts_columns_and_frames():
+    layout = probe.TokenLayout("text-video", tiny.TEXT, probe.Grid(3, 4, 4))
+    prompts = probe.trace(tiny.pipeline()).tokenize([tiny.PROMPT])
+    named, every = probe.WordMaps("cat", directions=("vt",)), probe.WordMaps()
+    probe.Plan([named, every], 2, 3, prompts)
+    assert named.cost(layout) == pytest.approx(1 / 60)
+    assert every.cost(layout) == pytest.approx(2 * 5 / 60)
+    assert probe.RegionMass().cost(layout) == pytest.approx((12 * 60 + 3 * 16 * 16) / 60**2)

@@ -3,6 +3,7 @@ errors.
 """
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +13,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 import probe
 from probe.errors import PlanError, TapError, WordError
-from probe.models.family import family_of
+from probe.models.registry import family_of
 from probe.plan import Handler, Stage
 from probe.tap import Tap
 from tests import tiny
@@ -188,9 +189,17 @@ def test_plain_nnsight_on_the_tap(pipe):
     assert out.shape == (2, 2, TOKENS, 16)
 
 
-def test_the_model_keeps_no_memory_of_runs(pipe):
-    tiny.latents(probe.trace(pipe, *readouts()))
-    first = {id(m) for m in pipe.transformer.modules()}
-    for _ in range(3):
-        tiny.latents(probe.trace(pipe, *readouts()))
-    assert {id(m) for m in pipe.transformer.modules()} == first
+def test_no_tensor_of_a_call_outlives_it(pipe):
+    class Watch(Doubled):
+        stage = Stage.USED
+        touches = frozenset()
+
+        def serve(self, call, rows):
+            alive.append(sum(ref() is not None for ref in refs))
+            refs.extend(weakref.ref(tensor) for tensor in (call.q, call.k, call.v))
+
+    refs, alive = [], []
+    tiny.latents(probe.trace(pipe, Watch()), steps=3)
+    assert len(refs) == 3 * 3 * 3
+    assert alive == [0] * 9  # gone when the next layer is served
+    assert all(ref() is None for ref in refs)

@@ -103,7 +103,7 @@ def test_a_run_made_otherwise_does_not_go_on(stopped, tmp_path, capsys, name):
 def test_an_edited_recipe_does_not_go_on(stopped, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
-    text = (folder / "recipe.yaml").read_text().replace("seed: 0", "seed: 4")
+    text = (folder / "recipe.yaml").read_text().replace("seed: 3", "seed: 4")
     (folder / "recipe.yaml").write_text(text)
     assert "Got another recipe: " in refused(capsys, ["resume", str(folder)], 1)
 
