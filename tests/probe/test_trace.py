@@ -162,6 +162,29 @@ def test_threads_take_turns(pipe):
     assert all(torch.equal(result, plain) for result in results)
 
 
+def test_a_forward_of_another_thread_is_refused_and_changes_nothing(pipe):
+    said = []
+
+    def intrude():
+        try:
+            pipe.transformer(torch.randn(1, 3, 4, 8, 8), torch.randn(1, tiny.TEXT, 16), torch.tensor([5]))
+        except TapError as error:
+            said.append(str(error))
+
+    class Meanwhile(Doubled):
+        touches = frozenset()
+
+        def serve(self, call, rows):
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+
+    traced = tiny.latents(probe.trace(pipe, Meanwhile(probe.Where(steps=1, layers=1))))
+    assert len(said) == 1
+    assert "Got a forward from another thread" in said[0]
+    assert torch.equal(traced, tiny.latents(pipe))
+
+
 def test_gradient_checkpointing_is_refused(pipe):
     pipe.transformer.enable_gradient_checkpointing()
     try:

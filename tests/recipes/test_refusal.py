@@ -78,6 +78,11 @@ def test_a_folder_is_never_overwritten_without_force(capsys, toy, recorded, tmp_
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_taken_folder_is_refused_before_the_model_is_loaded(capsys, toy, recorded, monkeypatch):
+    monkeypatch.setattr("recipes.run.load", lambda *a, **k: 1 / 0)
+    assert "--force" in refused(capsys, story(toy, recorded), 1)
+
+
 def test_a_folder_that_cannot_be_made(capsys, toy, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(capsys, story(toy, tmp_path / "file" / "run"), 1)
