@@ -99,7 +99,7 @@ class WordMaps(Handler):
         return self.maps[step, branch, layer][direction][:, index].mean(0)
 
     def _map(self, call: AttentionCall, row: int, tokens: list[list[int]], direction: Direction) -> NDArray[np.float32]:
-        lift = (_columns if direction == "vt" else _rows)(call, row, tokens, self.where)
+        lift = _lift(call, row, tokens, self.where, direction)
         if not self.per_head:
             lift = lift.mean(0, keepdim=True)
         return lift.unflatten(-1, call.layout.grid.shape).float().cpu().numpy()
@@ -121,21 +121,11 @@ def conditional(where: Where | None) -> Where:
     return Where(where.steps, where.layers, where.heads, where.turns, CONDITIONAL)
 
 
-def _columns(call: AttentionCall, row: int, tokens: list[list[int]], where: Where) -> Tensor:
-    """vt lift [H, W, video]."""
+def _lift(call: AttentionCall, row: int, tokens: list[list[int]], where: Where, direction: Direction) -> Tensor:
+    """Lift [H, W, video] of words given as token positions: exact probabilities of a few columns, or of a few rows."""
     heads, video = list(where.head_list(call.q.shape[1])), call.layout.video_slice
-    columns = [t for word in tokens for t in word]
-    lse = call.lse()[row, heads][:, video]
-    p = attend.probabilities(call.q[row, heads][:, video], call.k[row, heads][:, columns], lse, call.scale)
-    parts = p.split([len(word) for word in tokens], dim=-1)
-    return torch.stack([part.mean(-1) for part in parts], 1) * call.k.shape[-2]
-
-
-def _rows(call: AttentionCall, row: int, tokens: list[list[int]], where: Where) -> Tensor:
-    """tv lift [H, W, video]."""
-    heads, video = list(where.head_list(call.q.shape[1])), call.layout.video_slice
-    picked = [t for word in tokens for t in word]
-    lse = call.lse()[row, heads][:, picked]
-    p = attend.probabilities(call.q[row, heads][:, picked], call.k[row, heads][:, video], lse, call.scale)
-    parts = p.split([len(word) for word in tokens], dim=-2)
-    return torch.stack([part.mean(-2) for part in parts], 1) * call.k.shape[-2]
+    words = [token for word in tokens for token in word]
+    rows, columns, axis = (video, words, -1) if direction == "vt" else (words, video, -2)
+    q, k, lse = call.q[row, heads][:, rows], call.k[row, heads][:, columns], call.lse()[row, heads][:, rows]
+    parts = attend.probabilities(q, k, lse, call.scale).split([len(word) for word in tokens], dim=axis)
+    return torch.stack([part.mean(axis) for part in parts], 1) * call.k.shape[-2]
