@@ -41,8 +41,8 @@ def _call_defaults(pipe: Any) -> dict[str, Any]:
 
 
 def _probe_inputs(pipe: Any) -> dict[str, Any]:
-    """Random inputs at the model's own spatial size (its positions may be fixed), one clip (two token frames if
-    rotary).
+    """Random inputs of two token frames of 4 x 6 patches, so that a check is quick at any model size; learned positions
+    hold for the model's own size only, which is then used.
     """
     model = pipe.transformer
     config, parameter = model.config, next(model.parameters())
@@ -51,10 +51,10 @@ def _probe_inputs(pipe: Any) -> dict[str, Any]:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(parameter)
 
-    frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-    if config.use_rotary_positional_embeddings:
-        frames = 2 * (config.patch_size_t or 1)
-    height, width = config.sample_height, config.sample_width
+    frames, height, width = 2 * (config.patch_size_t or 1), 4 * config.patch_size, 6 * config.patch_size
+    if config.use_learned_positional_embeddings:
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        height, width = config.sample_height, config.sample_width
     inputs: dict[str, Any] = {
         "hidden_states": noise(1, frames, config.in_channels, height, width),
         "encoder_hidden_states": noise(1, config.max_text_seq_length, config.text_embed_dim),
