@@ -12,6 +12,7 @@ from torch import Tensor
 
 from control.schedule import refuse_frames, refuse_steps
 from probe.errors import ModelError, UsageError
+from probe.models.cogvideox import clip_frames
 
 SamplerName = Literal["model", "ddim", "dpm"]
 SEED_LIMIT = 2**63
@@ -25,7 +26,8 @@ class Loop:
 
     Raises:
         UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a
-            seed out of range. ModelError: a pipeline without a loop adapter.
+            seed out of range.
+        ModelError: a pipeline without a loop adapter, or a clip that is not whole groups of latent frames.
     """
 
     def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
@@ -34,7 +36,7 @@ class Loop:
                 f"A loop of our own must run on CogVideoX so far. Got {type(pipe).__name__}. Use probe.trace, which "
                 "runs the stock pipeline."
             )
-        self.pipe, self.steps, self.seed = pipe, steps, seed
+        self.pipe, self.steps = pipe, steps
         self.scheduler = _scheduler(pipe, sampler)
         refuse_steps(steps, self.scheduler.config.num_train_timesteps)
         refuse_frames(self.clip_frames, self.config.patch_size_t)
@@ -57,7 +59,7 @@ class Loop:
     @property
     def clip_frames(self) -> int:
         """Latent frames of one clip as the model was trained."""
-        return (self.config.sample_frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        return clip_frames(self.config)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -1,7 +1,11 @@
 """DiTCtrl: tuning-free multi-prompt longer video generation (arXiv 2412.18597), as small parts on top of control.
 
-    segments = ditctrl.Segments.scaled(prompts=2, length=13)
-    method = ditctrl.MultiPrompt(loop, segments, embeddings, guidance, sharing)
+    segments, window = ditctrl.Segments.scaled(prompts=2, length=13), ditctrl.Window.scaled(steps=50, layers=30)
+    traced = probe.trace(pipe, ditctrl.share_previous(segments, window))
+    method = ditctrl.MultiPrompt(loop, segments, embeddings, negative, guidance, window, clock)
+
+Sources are given as file and lines of the authors' code (TencentARC/DiTCtrl at f1348b5, folder sat/): SV is
+sample_video.py, SA sgm/modules/diffusionmodules/sampling.py, DC dit_video_concat.py.
 
 Names are imported on first use.
 """

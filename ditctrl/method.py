@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from control.denoise import guide
 from ditctrl.condition import conditions
 from ditctrl.overlap import blend
 from ditctrl.segment import Segments
-from ditctrl.sharing import Window, branches
+from ditctrl.sharing import Window, branches, clip_forwards
 from probe.clock import Clock
 from probe.site import Branch
 
@@ -41,23 +42,23 @@ class MultiPrompt:
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """The guided, blended model output [1, L, C, H, W]."""
-        half = self.branches(step)
+        half = branches(self.segments, self.window, step)
         both = [replace(b, guided=False) for b in half] + half
         clips = torch.cat([latents[:, self.segments.window(b.segment)] for b in half])
-        text = conditions(self.segments, self.embeddings)[[b.segment for b in half]]
+        text = self.conditions[[b.segment for b in half]]
         self.clock.tell(step, self.loop.steps, both)
         output = self.loop.forward(torch.cat([clips, clips]), torch.cat([self.negative.expand_as(text), text]), step)
         guided = guide(output, self.guidance(self.loop.timesteps[step]))
         return blend(self.segments, [(b.segment, self._weight(b), p) for b, p in zip(half, guided, strict=True)])
 
-    def branches(self, step: int) -> list[Branch]:
-        """The conditional branches of a step, in batch order."""
-        shared = self.window is not None and step in self.window.steps
-        return branches(self.segments, shared)
+    @cached_property
+    def conditions(self) -> Tensor:
+        """The text of every segment, [S, T, E]: the same in each step."""
+        return conditions(self.segments, self.embeddings)
 
     def sample_forwards(self) -> int:
         """Transformer evaluations of single clips in the whole run, both guidance halves."""
-        return sum(2 * len(self.branches(step)) for step in range(self.loop.steps))
+        return sum(clip_forwards(self.segments, self.window, self.loop.steps))
 
     def _weight(self, branch: Branch) -> float:
         return self.segments.multiplicity(branch.segment) if branch.role == "plain" else 1.0

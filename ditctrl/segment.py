@@ -12,7 +12,7 @@ class Segments:
     """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions`
     interpolated segments per gap.
 
-    Source: SV:217-312 of the authors' code (sample_video.py at f1348b5). Without their "longer middle segments".
+    Source: SV:217-312. Without their "longer middle segments".
 
     Raises:
         UsageError: fewer than two prompts, an overlap that leaves no stride, or a negative count.

@@ -40,16 +40,21 @@ def share_previous(segments: Segments, window: Window, tensors: str = "kv") -> T
     return Transfer(tensors, source=previous_segment, where=where)
 
 
-def branches(segments: Segments, shared: bool) -> list[Branch]:
+def branches(segments: Segments, window: Window | None, step: int) -> list[Branch]:
     """The conditional branches of a step in batch order.
 
-    With sharing: sources 0 .. S-2, then targets 1 .. S-1, as the pair loop evaluates them. Without, both roles of a
-    segment are the same function of the same input, so each segment is evaluated once.
+    Inside the window: sources 0 .. S-2, then targets 1 .. S-1, as the pair loop evaluates them. Outside, both roles
+    of a segment are the same function of the same input, so each segment is evaluated once.
     """
-    if not shared:
+    if window is None or step not in window.steps:
         return [_branch(segments, k, "plain") for k in range(segments.count)]
     sources = [_branch(segments, k, "source") for k in range(segments.count - 1)]
     return sources + [_branch(segments, k, "target") for k in range(1, segments.count)]
+
+
+def clip_forwards(segments: Segments, window: Window | None, steps: int) -> list[int]:
+    """Transformer evaluations of single clips in each step, both guidance halves."""
+    return [2 * len(branches(segments, window, step)) for step in range(steps)]
 
 
 def _branch(segments: Segments, segment: int, role: str, guided: bool = True) -> Branch:

@@ -30,7 +30,7 @@ class AttentionCall:
     branches: tuple[Branch, ...]
     prompts: tuple[Prompt, ...] = ()
     out: Tensor | None = None
-    own: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    own: dict[str, Tensor] = field(init=False, repr=False)
     _lse: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -67,9 +67,9 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
         ) from error
 
 
-def save_gif(path: Path, frames: Frames, fps: int, zoom: int | None = None) -> None:
+def save_gif(path: Path, frames: Frames, fps: int) -> None:
     """A looping GIF, small videos enlarged without smoothing."""
-    pictures = [Image.fromarray(frame) for frame in enlarge(frames, zoom)]
+    pictures = [Image.fromarray(frame) for frame in enlarge(frames)]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
 
 
@@ -97,9 +97,9 @@ def enlarge(frames: Frames, zoom: int | None = None) -> Frames:
     return frames.repeat(zoom, 1).repeat(zoom, 2)
 
 
-def heat(values: NDArray[np.floating], peak: float | None = None) -> Frames:
-    """Colours [.., 3] of values >= 0: 0 is the darkest colour, `peak` (the largest value by default) the brightest."""
-    top = float(peak if peak is not None else values.max()) or 1.0
+def heat(values: NDArray[np.floating]) -> Frames:
+    """Colours [.., 3] of values >= 0: 0 is the darkest colour, the largest value the brightest."""
+    top = float(values.max()) or 1.0
     place = np.clip(values / top, 0, 1) * (len(_HEAT) - 1)
     low = np.minimum(place.astype(int), len(_HEAT) - 2)
     share = (place - low)[..., None]

@@ -1,4 +1,6 @@
-"""Where a run came from: model, software, machine. Plain data for run.json."""
+"""Where a run came from: model, software, machine. Plain data for run.json. Imports torch only when asked of a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from probe import attend
-
 _PACKAGES = ("mmdit-lab", "torch", "diffusers", "transformers", "nnsight", "numpy", "h5py")
 _SAMPLE = 1 << 20
 
 
 def provenance(pipe: Any) -> dict[str, Any]:
     """Model, versions, dtype, device and attention kernel of a loaded pipeline."""
+    import torch
+
+    from probe import attend
+
     device, dtype = pipe._execution_device, pipe.transformer.dtype
     place = str(pipe.config.get("_name_or_path", "") or "")
     return {
@@ -31,7 +33,7 @@ def provenance(pipe: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "backend": attend.backend_name(device.type, dtype),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
     }
 
 
@@ -62,7 +64,8 @@ def fingerprint(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None without it."""
     try:
         return version(package)
     except PackageNotFoundError:

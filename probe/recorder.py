@@ -58,14 +58,8 @@ class Recorder:
 
     def _segment(self, step: int, branch: Branch, layout: TokenLayout) -> SegmentRecord:
         prompt = self.prompts[branch.nearest]
-        maps = {
-            layer: m for (at, b, layer), m in (self.maps.maps if self.maps else {}).items() if (at, b) == (step, branch)
-        }
-        mass = {
-            layer: m
-            for (at, b, layer), m in (self.mass.masses if self.mass else {}).items()
-            if (at, b) == (step, branch)
-        }
+        maps = _of(self.maps.maps if self.maps else {}, step, branch)
+        mass = _of(self.mass.masses if self.mass else {}, step, branch)
         layers = tuple(sorted(set(maps) | set(mass)))
         if maps and mass and set(maps) != set(mass):
             raise UsageError(
@@ -87,6 +81,11 @@ class Recorder:
             heads="each" if self.maps and self.maps.per_head else "mean",
             word_frames=stacked["vt"].mean((-1, -2)) if "vt" in stacked else None,
         )
+
+
+def _of(table: Mapping[tuple[int, Branch, int], Any], step: int, branch: Branch) -> dict[int, Any]:
+    """What a readout collected for one step and branch, by layer."""
+    return {layer: found for (at, of, layer), found in table.items() if (at, of) == (step, branch)}
 
 
 def _tokens(prompt: Prompt) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +26,28 @@ from probe.layout import TokenLayout
 from probe.models.family import Family
 from probe.site import Site
 
-_GATES: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+
+@dataclass
+class _Gate:
+    """Who traces a model: one thread at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    owner: int | None = None
+
+    def mine(self) -> bool:
+        return self.owner == threading.get_ident()
+
+    def enter(self) -> None:
+        """Waits until another thread's run ends."""
+        self.lock.acquire()
+        self.owner = threading.get_ident()
+
+    def leave(self) -> None:
+        self.owner = None
+        self.lock.release()
+
+
+_GATES: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary()
 
 
 class AttentionPoint(nn.Module):
@@ -67,6 +89,7 @@ class Tap:
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
+        self.gate = _GATES.setdefault(model, _Gate())
         self.modules = family.attention_modules(model)
         self.hub = Hub(len(self.modules))
         self.nnsight = NNsight(self.hub)
@@ -88,16 +111,13 @@ class Tap:
                 "A traced model must not use gradient checkpointing: recomputed calls would run unedited. Got it "
                 "switched on. Call disable_gradient_checkpointing() first."
             )
-        gate = _GATES.setdefault(self.model, threading.Lock())
-        if self._mine():
+        if self.gate.mine():
             raise TapError(
                 "A model must be traced by one run at a time. Got a second run inside the first. Run them one after "
                 "the other."
             )
-        gate.acquire()  # another thread's run ends first
-        self._undo.append(gate.release)
-        _OWNERS[self.model] = threading.get_ident()
-        self._undo.append(lambda: _OWNERS.pop(self.model, None))
+        self.gate.enter()
+        self._undo.append(self.gate.leave)
         self.plain = []
         try:
             for layer, module in enumerate(self.modules):
@@ -113,11 +133,8 @@ class Tap:
         while self._undo:
             self._undo.pop()()
 
-    def _mine(self) -> bool:
-        return _OWNERS.get(self.model) == threading.get_ident()
-
     def _forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._mine():
+        if not self.gate.mine():
             raise TapError(
                 "A traced model must be run by the thread that traces it. Got a forward from another thread. Wait "
                 "for the trace to end."
@@ -169,9 +186,6 @@ class Tap:
                 del point.attend
 
         return torch.compiler.disable(routed)  # type: ignore[return-value] (a graph break, not a crash of the compiler)
-
-
-_OWNERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 class _Functional(types.ModuleType):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditctrl.sharing import share_previous
+from ditctrl import sharing
 from probe.plan import Handler, Plan
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
@@ -26,7 +26,7 @@ def edits(job: Job) -> list[Handler]:
     """The interventions a recipe asks for."""
     if job.window is None or job.segments is None:
         return []
-    return [share_previous(job.segments, job.window, job.recipe.edits[0].tensors)]
+    return [sharing.share_previous(job.segments, job.window, job.recipe.edits[0].tensors)]
 
 
 def predicted(job: Job) -> dict[str, Any]:
@@ -53,9 +53,7 @@ def clip_forwards(job: Job) -> list[int]:
     """Clip evaluations of each step, both guidance halves."""
     if job.segments is None:
         return [2 if job.guidance > 1 else 1] * job.steps
-    shared = job.window.steps if job.window else range(0)
-    count = job.segments.count
-    return [2 * (2 * (count - 1) if step in shared else count) for step in range(job.steps)]
+    return sharing.clip_forwards(job.segments, job.window, job.steps)
 
 
 def _map_bytes(job: Job, maps: WordMaps | None) -> float:

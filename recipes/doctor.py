@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+
+from probe import film
+from probe.provenance import version_of
 
 PACKAGES = ("mmdit-lab", "torch", "diffusers", "transformers", "nnsight", "h5py", "streamlit")
 
@@ -18,7 +20,7 @@ def examine() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
     }
-    facts |= {name: _version(name) for name in PACKAGES}
+    facts |= {name: version_of(name) or "not installed" for name in PACKAGES}
     facts["ffmpeg"] = _ffmpeg()
     facts |= (
         _torch()
@@ -47,15 +49,8 @@ def _torch() -> dict[str, Any]:
     return {"device": name, "attention kernel": kernel, "miniature": "there" if there else "not in this install"}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def _ffmpeg() -> str:
-    if not find_spec("imageio_ffmpeg"):
+    if not film.has_ffmpeg():
         return "not installed: GIF only"
     import imageio_ffmpeg
 

@@ -63,9 +63,14 @@ def choose(
     return Picked(word, layer, step, head, None, direction, _stitch(run, {s: read(s) for s in having}))
 
 
+def _starts(run: Run) -> dict[int, int]:
+    """First latent frame of every segment in the whole video."""
+    return {segment: int(run.segment_attrs(segment)["start_frame"]) for segment, _ in run.segments}
+
+
 def _stitch(run: Run, maps: dict[int, NDArray[np.float32]]) -> NDArray[np.float32]:
     """Maps of segments [F, Y, X] laid over each other in the time of the whole video."""
-    starts = {segment: int(run.segment_attrs(segment)["start_frame"]) for segment, _ in run.segments}
+    starts = _starts(run)
     frames, *place = next(iter(maps.values())).shape
     total = np.zeros((max(starts.values()) + frames, *place), np.float32)
     count = np.zeros((len(total), 1, 1), np.float32)
@@ -150,12 +155,9 @@ def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
     frames = _frames(run)
     if picked.segment is None:
         return frames, film.overlay(frames, picked.lift)
-    starts = {s: int(run.segment_attrs(s)["start_frame"]) for s, _ in run.segments}
-    start, length = starts[picked.segment], len(picked.lift)
-    whole = np.zeros((max(starts.values()) + length, *picked.lift.shape[1:]), np.float32)
-    whole[start : start + length] = picked.lift
+    whole, start = _stitch(run, {picked.segment: picked.lift}), _starts(run)[picked.segment]
     tokens = film.frames_of_tokens(len(frames), len(whole))
-    inside = (tokens >= start) & (tokens < start + length)
+    inside = (tokens >= start) & (tokens < start + len(picked.lift))
     return frames[inside], film.overlay(frames, whole)[inside]
 
 

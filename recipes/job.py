@@ -9,7 +9,8 @@ from control.schedule import dynamic_guidance, refuse_frames, refuse_steps
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe.errors import ModelError, UsageError
-from probe.layout import Grid, TokenLayout
+from probe.layout import TokenLayout
+from probe.models.cogvideox import COGVIDEOX, clip_frames, layout_of
 from probe.models.load import card, locate
 from probe.site import Where
 from recipes.recipe import Auto, Recipe
@@ -142,18 +143,15 @@ def _size(place: str) -> Size:
             f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the id or "
             "folder."
         ) from error
-    if config.get("_class_name") != "CogVideoXTransformer3DModel":
+    if config.get("_class_name") != COGVIDEOX.transformer:
         raise ModelError(
             f"A recipe's model must be a CogVideoX. Got {config.get('_class_name', 'no class name')} in {place}. "
-            "Known: CogVideoXTransformer3DModel."
+            f"Known: {COGVIDEOX.transformer}."
         )
-    refuse_frames(
-        (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1, config.get("patch_size_t")
-    )
-    compression, patch_t = config.get("temporal_compression_ratio", 4), config.get("patch_size_t") or 1
-    frames = (config["sample_frames"] - 1) // compression + 1
-    patch = config["patch_size"]
-    grid = Grid(-(-frames // patch_t), config["sample_height"] // patch, config["sample_width"] // patch)
-    layout = TokenLayout("text-video", config["max_text_seq_length"], grid)
+    frames = clip_frames(config)
+    refuse_frames(frames, config.get("patch_size_t"))
+    size = frames, config["sample_height"], config["sample_width"]
+    layout = layout_of(config, *size, config["max_text_seq_length"])
+    compression = config.get("temporal_compression_ratio", 4)
     values = config["in_channels"] * config["sample_height"] * config["sample_width"]
     return Size(config["num_layers"], config["num_attention_heads"], layout, frames, compression, values)

@@ -146,8 +146,8 @@ def _sentence(error: ValidationError, origin: str) -> str:
     steps = [part for part in first["loc"] if not _is_tag(part)]
     place = ".".join(str(part) for part in steps) or "recipe"
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(steps[-1]), _known_keys(steps[:-1]), 1)
         known = _known_keys(steps[:-1])
+        near = difflib.get_close_matches(str(steps[-1]), known, 1)
         hint = f"Did you mean {near[0]}?" if near else f"Known keys here: {', '.join(known)}."
         return f"{origin}: every key must be known. Got {place}. {hint}"
     if first["type"] == "missing":

@@ -59,7 +59,7 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
     job = prepare(recipe)
     refuse_taken(out, force)
     loaded = _open(job, place or Place())
-    return _carry_out(loaded, RunWriter.create(out, _info(loaded), parse.dump(recipe), force), loaded.start(), quiet)
+    return _carry_out(loaded, RunWriter.create(out, loaded.info, parse.dump(recipe), force), loaded.start(), quiet)
 
 
 def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
@@ -71,7 +71,7 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
     """
     run = Run(folder)
     loaded = _open(prepare(resume.recipe_of(run)), place or Place())
-    state = resume.state_of(run, _info(loaded), loaded.start())
+    state = resume.state_of(run, loaded.info, loaded.start())
     return _carry_out(loaded, RunWriter.reopen(folder), state, quiet)
 
 
@@ -86,6 +86,7 @@ class _Loaded:
     mass: RegionMass | None
     prompts: tuple[Prompt, ...]
     text: torch.Tensor
+    info: dict[str, Any]
     began: float
 
     def start(self) -> State:
@@ -112,17 +113,18 @@ def _open(job: Job, place: Place) -> _Loaded:
     traced = trace(loop.pipe, *edits(job), *(h for h in (maps, mass) if h is not None))
     prompts = traced.tokenize(job.recipe.prompts)
     Plan(traced.handlers, job.steps, job.size.layers, prompts)  # refuses what cannot work before a folder is made
-    return _Loaded(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), began)
+    return _Loaded(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), _info(job, loop), began)
 
 
-def _info(loaded: _Loaded) -> dict[str, Any]:
-    scheduler, recipe = loaded.loop.scheduler, loaded.job.recipe
+def _info(job: Job, loop: Loop) -> dict[str, Any]:
+    """What run.json says of the run, and what a resumed one must find again."""
+    scheduler, recipe = loop.scheduler, job.recipe
     return {
-        **provenance(loaded.loop.pipe),
+        **provenance(loop.pipe),
         "recipe": sha256(parse.dump(recipe).encode()).hexdigest()[:16],
         "prompts": list(recipe.prompts),
         "seed": recipe.sampler.seed,
-        **loaded.job.resolved(),
+        **job.resolved(),
         "fps": recipe.output.fps,
         "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
     }
@@ -147,7 +149,7 @@ def _carry_out(loaded: _Loaded, writer: RunWriter, state: State, quiet: bool) ->
 
 
 def _on_step(loaded: _Loaded, recorder: Recorder, bar: Any) -> Callable[[State], None]:
-    loop, traced, source = loaded.loop, loaded.traced, where_from(_info(loaded))
+    loop, traced, source = loaded.loop, loaded.traced, where_from(loaded.info)
 
     def write(state: State) -> None:
         step = state.step - 1

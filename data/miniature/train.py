@@ -1,9 +1,9 @@
 """Train the miniature's transformer and text encoder together, resumably, on clips drawn as it goes.
 
-    python data/miniature/train.py --run /tmp/run --steps 4000              # on from the shipped weights
-    python data/miniature/train.py --run /tmp/run --steps 30000 --scratch   # from nothing
-    python data/miniature/train.py --run /tmp/run --steps 9000              # a longer plan for the same run
-    python data/miniature/train.py --run /tmp/run --export data/miniature   # write the averaged weights
+    python data/miniature/train.py --run runs/train --steps 4000              # on from the shipped weights
+    python data/miniature/train.py --run runs/train --steps 30000 --scratch   # from nothing
+    python data/miniature/train.py --run runs/train --steps 9000              # a longer plan for the same run
+    python data/miniature/train.py --run runs/train --export data/miniature   # write the averaged weights
 
 Three departures from a plain v-prediction loss, all stated in the model card: cells near an object weigh more,
 half of the timesteps are drawn where an object takes shape, and word maps are taught where their object is.

@@ -4,6 +4,7 @@ no mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,13 +15,22 @@ from probe.models.family import Family
 from probe.site import Branch
 
 
+def clip_frames(config: Mapping[str, Any]) -> int:
+    """Latent frames of one clip as the model was trained, from its transformer's configuration."""
+    return (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1
+
+
+def layout_of(config: Mapping[str, Any], frames: int, height: int, width: int, text: int) -> TokenLayout:
+    """The joint sequence of `frames` latent frames of `height` x `width` latent pixels and `text` tokens."""
+    patch, patch_t = config["patch_size"], config.get("patch_size_t") or 1
+    return TokenLayout("text-video", text, Grid(-(-frames // patch_t), height // patch, width // patch))
+
+
 def _layout(model: nn.Module, inputs: dict[str, Any]) -> TokenLayout:
     """From the forward's own tensors: latents [B, F, C, H, W] and text [B, T, E]."""
-    _, frames, _, height, width = inputs["hidden_states"].shape
     config: Any = model.config
-    patch, patch_t = config.patch_size, config.patch_size_t or 1
-    grid = Grid(-(-frames // patch_t), height // patch, width // patch)
-    return TokenLayout("text-video", inputs["encoder_hidden_states"].shape[1], grid)
+    _, frames, _, height, width = inputs["hidden_states"].shape
+    return layout_of(config, frames, height, width, inputs["encoder_hidden_states"].shape[1])
 
 
 def _text_length(model: nn.Module) -> int:
@@ -53,7 +63,7 @@ def _probe_inputs(pipe: Any) -> dict[str, Any]:
 
     frames, height, width = 2 * (config.patch_size_t or 1), 4 * config.patch_size, 6 * config.patch_size
     if config.use_learned_positional_embeddings:
-        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        frames = clip_frames(config)
         height, width = config.sample_height, config.sample_width
     inputs: dict[str, Any] = {
         "hidden_states": noise(1, frames, config.in_channels, height, width),

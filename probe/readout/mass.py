@@ -30,11 +30,10 @@ class RegionMass(Handler):
 
     Rows and columns are ROWS x COLUMNS. Text rows have no frame of their own: all their video mass counts as other
     frames. A row group without tokens (a prompt that fills the whole text length has no padding) is NaN. Same-frame
-    mass is exact by one small attention per frame (performance.md's partition identity: exp(lse_S - lse)); other
+    mass is exact by one small attention per frame (exp(lse_S - lse) is the mass of a key set S); other
     frames are the remainder.
 
-    After a run `masses[(step, branch, layer)]` is float32 [H, 3, 4]. Conditional branches only, unless
-    `where.branches` says otherwise.
+    After a run `masses[(step, branch, layer)]` is float32 [H, 3, 4]. Conditional branches only.
     """
 
     where: Where = field(default_factory=Where)

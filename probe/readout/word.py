@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -32,9 +32,9 @@ class WordMaps(Handler):
     counts all keys of the joint softmax, padding included (CogVideoX does not mask it). DiTCtrl sums the columns of a
     word and uses `vt` only; its map is `vt * |word| / n_keys`, min-max normalised per frame.
 
-    `per_head` keeps heads apart, else their mean is kept. Conditional branches only, unless `where.branches` says
-    otherwise. A branch shows the words of its prompt (of the nearer one when interpolated); words it does not have
-    are left out.
+    `per_head` keeps heads apart, else their mean is kept. Conditional branches only; the unconditional half
+    shows another prompt. A branch shows the words of its prompt (of the nearer one when interpolated); words it does
+    not have are left out.
 
     After a run `maps[(step, branch, layer)]` is a dict: direction -> float32 [heads or 1, words, F, Y, X], in the
     order of `words_of[branch]`.
@@ -116,9 +116,7 @@ def _words_of(asked: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
 def conditional(where: Where | None) -> Where:
     """`where`, on conditional branches if it does not choose branches itself."""
     where = where or Where()
-    if where.branches is not None:
-        return where
-    return Where(where.steps, where.layers, where.heads, where.turns, CONDITIONAL)
+    return where if where.branches is not None else replace(where, branches=CONDITIONAL)
 
 
 def _lift(call: AttentionCall, row: int, tokens: list[list[int]], where: Where, direction: Direction) -> Tensor:

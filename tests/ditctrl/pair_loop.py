@@ -1,7 +1,7 @@
 """DiTCtrl's schedule written out literally: one forward of four clips per pair, float64, nothing shared, no code of
 the project.
 
-Follows the authors' sampler (sampling.py, VPSDEDPMPP2MSampler_MultiPrompt) as the specification describes it.
+Follows the authors' sampler (sampling.py, VPSDEDPMPP2MSampler_MultiPrompt).
 """
 
 from __future__ import annotations

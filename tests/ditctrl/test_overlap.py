@@ -1,4 +1,4 @@
-"""Fixtures of the specification: weights, weight sums, conditions."""
+"""Numbers of the authors' code: weights, weight sums, conditions."""
 
 import pytest
 import torch
