@@ -32,6 +32,9 @@ def edits(job: Job) -> list[Handler]:
 def predicted(job: Job) -> dict[str, Any]:
     """Sizes and cost before anything runs: what `--dry-run` prints."""
     maps, mass = readouts(job)
+    if maps is not None and not maps.words:  # every word: no tokenizer yet, so the longest prompt counts
+        widest = max((tuple(dict.fromkeys(words_of(text))) for text in job.recipe.prompts), key=len)
+        maps = WordMaps(*widest, where=maps.where, directions=maps.directions, per_head=maps.per_head)
     handlers = [h for h in (*edits(job), maps, mass) if h is not None]
     extra = Plan(handlers, job.steps, job.size.layers).cost(job.size.layout)
     return {
@@ -60,12 +63,11 @@ def _map_bytes(job: Job, maps: WordMaps | None) -> float:
     if maps is None:
         return 0.0
     where = job.record_where()
-    words = len(maps.words) or max(len(set(words_of(text))) for text in job.recipe.prompts)
     heads = job.size.heads if maps.per_head else 1
     steps, layers = chosen(where.steps, job.steps), chosen(where.layers, job.size.layers)
     halves = 2 if job.guidance > 1 else 1
     clips = sum(rows // halves for step, rows in enumerate(clip_forwards(job)) if step in steps)
-    return clips * len(layers) * heads * words * len(maps.directions) * job.size.layout.grid.size
+    return clips * len(layers) * heads * len(maps.words) * len(maps.directions) * job.size.layout.grid.size
 
 
 def _state_bytes(job: Job) -> int:

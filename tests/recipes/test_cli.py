@@ -58,6 +58,8 @@ def test_dry_run_writes_nothing(toy, tmp_path, capsys):
     assert facts["states to resume from"] == f"{2 * 4 * 5 * 6 * 4 * 8 * 8 / 1e6:.1f} MB"
     assert facts["shared layers"] == "[2, 3)"
     assert facts["clip forwards"] == 2 * 2 * 6 + 3 * 2 * 4
+    words, mass = 2 * 6 / 60, (12 * 60 + 3 * 16 * 16) / 60**2
+    assert facts["extra attention for readouts"] == f"{words + mass:.1%}"
 
 
 def test_predicted_clip_forwards_are_those_made(recorded):
