@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from probe.models.load import load
     from probe.models.prove import prove
     from probe.plan import Handler, Plan, Stage
+    from probe.readout.base import At, Readout
     from probe.readout.mass import RegionMass
     from probe.readout.word import WordMaps
     from probe.recorder import record
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from probe.tracer import trace
 
 __all__ = [
+    "At",
     "Block",
     "Branch",
     "Grid",
@@ -34,6 +36,7 @@ __all__ = [
     "MmditError",
     "Plan",
     "Progress",
+    "Readout",
     "Region",
     "RegionMass",
     "Run",
@@ -57,6 +60,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "models.load": ["load"],
         "models.prove": ["prove"],
         "plan": ["Handler", "Plan", "Stage"],
+        "readout.base": ["At", "Readout"],
         "readout.mass": ["RegionMass"],
         "readout.word": ["WordMaps"],
         "recorder": ["record"],

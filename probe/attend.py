@@ -48,22 +48,32 @@ def partial(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: T
     return _partial(q, k, v, scale, bias)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> State | None:
-    """The model's own maskless attention, bit for bit, with its lse; None when the kernel torch picks has no such form.
+def plain(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: Tensor | None = None) -> State | None:
+    """The model's own attention, bit for bit, with its lse; None when the kernel torch picks has no such form.
 
-    The first call of each shape is computed both ways and compared; later ones rely on that.
+    `mask` is SDPA's own: bool (True = may be seen) or float. The first call of each shape is computed both ways and
+    compared; later ones rely on that.
     """
-    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, False, scale=scale)
-    if choice not in (_FLASH, _EFFICIENT, _CUDNN):
+    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, False, scale=scale)
+    if choice not in (_FLASH, _EFFICIENT, _CUDNN) or min(q.shape[-2], k.shape[-2]) == 0:
         return None
     verify(q.device.type, q.dtype)
-    kind = (q.device.type, q.dtype, choice, q.shape, k.shape, q.stride(), scale)
+    masked = None if mask is None else (mask.dtype, mask.shape)
+    kind = (q.device.type, q.dtype, choice, q.shape, k.shape, q.stride(), scale, masked)
     if _SAME_BITS.get(kind) is False:
         return None
-    state = _kernel(choice, q, k, v, _scale(q, scale), None)
+    state = _kernel(choice, q, k, v, scale_of(q, scale), as_bias(mask, q.dtype))
     if kind not in _SAME_BITS:
-        _SAME_BITS[kind] = torch.equal(state.out, F.scaled_dot_product_attention(q, k, v, scale=scale))
+        own = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        _SAME_BITS[kind] = torch.equal(state.out, own)
     return state if _SAME_BITS[kind] else None
+
+
+def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """SDPA's mask as numbers to add to the logits: 0 where a key may be seen, else -inf."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
 def merge(*states: State) -> State:
@@ -84,7 +94,7 @@ def probabilities(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None)
     rounding them would cost 2e-2 of the weights.
     """
     acc = exact_dtype(q.dtype)
-    scores = torch.matmul(q.to(acc), k.to(acc).transpose(-1, -2)).mul_(_scale(q, scale))
+    scores = torch.matmul(q.to(acc), k.to(acc).transpose(-1, -2)).mul_(scale_of(q, scale))
     return scores.sub_(lse.unsqueeze(-1)).exp_()
 
 
@@ -93,7 +103,8 @@ def mass(state: State, total: Tensor) -> Tensor:
     return torch.exp(state.lse - total)
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the logits: 1 / sqrt(D) unless the model says otherwise."""
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
@@ -102,7 +113,7 @@ def _partial(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor 
         lse = torch.full(q.shape[:-1], -math.inf, device=q.device, dtype=exact_dtype(q.dtype))
         return State(q.new_zeros((*q.shape[:-1], v.shape[-1])), lse)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # wrong numbers otherwise
-    state = _kernel(_backend(q, k, v, bias), q, k, v, _scale(q, scale), bias)
+    state = _kernel(_backend(q, k, v, bias), q, k, v, scale_of(q, scale), bias)
     return state if bias is None else _hide_masked(state, bias)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Clock:
     """
 
     read_steps: Callable[[], int]
-    read_branches: Callable[[int], tuple[Branch, ...]]
+    read_branches: Callable[[int, str | None], tuple[Branch, ...]]
     step: int = -1
     turn: int = 0
     steps: int = 0
@@ -36,11 +37,12 @@ class Clock:
         self.step, self.steps, self.turn, self.branches = step, steps, turn, tuple(branches)
         self._told = self._ever_told = True
 
-    def forward(self, timestep: Tensor, batch: int) -> None:
+    def forward(self, timestep: Tensor, batch: int, name: str | None = None, step: int | None = None) -> None:
         """A model forward begins. Reads the time unless it was told.
 
-        A read step is the nth distinct timestep, its turn the nth forward at that timestep. Schedulers that repeat a
-        timestep (Heun) need to be told. Reading costs one device sync per forward.
+        `name` is what the pipeline calls this forward (cond, uncond, cond_uncond) and `step` the step it or its
+        scheduler says it is. Where neither says so, a step is the nth distinct timestep, which costs one device sync
+        per forward. The turn is the nth forward of the step.
 
         Raises:
             TapError: more steps than the run has (a second pipeline call in one trace), or told only now and then.
@@ -51,7 +53,8 @@ class Clock:
                     "A loop that tells the clock must tell it before each model forward. Got a forward it did not "
                     "announce. Call clock.tell() before each."
                 )
-            self._read(float(timestep.max()), batch)
+            self._read(timestep, step)
+            self.steps, self.branches = self.read_steps(), self.read_branches(batch, name)
         self._told = False
         if not 0 <= self.step < self.steps:
             raise TapError(
@@ -59,7 +62,42 @@ class Clock:
                 "itself."
             )
 
-    def _read(self, now: float, batch: int) -> None:
-        new = now != self.timestep
-        self.step, self.turn = (self.step + 1, 0) if new else (self.step, self.turn + 1)
-        self.timestep, self.steps, self.branches = now, self.read_steps(), self.read_branches(batch)
+    def _read(self, timestep: Tensor, step: int | None) -> None:
+        before = self.step
+        if step is None:
+            now = float(timestep.max())
+            step, self.timestep = before + (now != self.timestep), now
+        self.step, self.turn = step, self.turn + 1 if step == before else 0
+
+
+def branches_of(batch: int, prompts: int, name: str | None, pipe: Any) -> tuple[Branch, ...]:
+    """The batch entries of a stock pipeline's forward.
+
+    A forward named cond or uncond is one half of guidance; any other holds [unconditional.., conditional..] if the
+    pipeline guides, else the conditional half alone. `prompts` is how many the run was told, 0 if none; several videos
+    of a prompt stand side by side.
+    """
+    halves = (name == "cond",)
+    if name not in ("cond", "uncond"):
+        halves = (False, True) if batch % 2 == 0 and batch != prompts and _guides(pipe) else (True,)
+    each = batch // len(halves)
+    copies = max(1, each // prompts) if prompts else 1
+    return tuple(Branch(prompt=i // copies, guided=guided) for guided in halves for i in range(each))
+
+
+def _guides(pipe: Any) -> bool:
+    guidance = getattr(pipe, "guidance_scale", None) or 0
+    return getattr(pipe, "do_classifier_free_guidance", guidance > 1)
+
+
+def steps_of(scheduler: Any) -> int:
+    """Denoising steps of a scheduler that was set: one that evaluates the model twice a step (Heun) counts once."""
+    return -(-len(scheduler.timesteps) // getattr(scheduler, "order", 1))
+
+
+def step_of(scheduler: Any) -> int | None:
+    """The step a scheduler of second order is at, None for others: their timesteps tell it."""
+    order = getattr(scheduler, "order", 1)
+    if order == 1:
+        return None
+    return ((getattr(scheduler, "step_index", None) or 0) - (getattr(scheduler, "begin_index", None) or 0)) // order

@@ -6,7 +6,7 @@ The only module that turns "text" and "video" into slices. No torch: numbers onl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from probe.errors import LayoutError
@@ -53,41 +53,60 @@ class Grid:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The joint sequence: `text` text tokens (padding included) and the tokens of `grid`, in `order`.
+    """A token sequence: `text` text tokens (padding included) and the tokens of `grid`, in `order`.
 
-    CogVideoX and FLUX put text first; SD3, HunyuanVideo and Mochi put video first.
+    CogVideoX and FLUX put text first; SD3, HunyuanVideo and Mochi put video first. A sequence of video alone has no
+    text tokens; one of text alone (the keys of cross attention) keeps its `grid` and sets `video` to False.
     """
 
     order: Order
     text: int
     grid: Grid
+    video: bool = True
 
     @property
     def total(self) -> int:
-        """Length of the joint sequence."""
-        return self.text + self.grid.size
+        """Length of the sequence."""
+        return self.text + (self.grid.size if self.video else 0)
+
+    @property
+    def frames(self) -> int:
+        """Token frames in the sequence, 0 without video."""
+        return self.grid.frames if self.video else 0
+
+    def with_text(self, text: int) -> TokenLayout:
+        """The same with another number of text tokens; 0 leaves the video alone."""
+        return replace(self, text=text)
+
+    def text_alone(self, text: int) -> TokenLayout:
+        """Only `text` text tokens."""
+        return replace(self, text=text, video=False)
 
     @property
     def text_slice(self) -> slice:
         """Where the text tokens are, padding included."""
-        start = 0 if self.order == "text-video" else self.grid.size
+        start = 0 if self.order == "text-video" else self.total - self.text
         return slice(start, start + self.text)
 
     @property
     def video_slice(self) -> slice:
         """Where the video tokens are."""
         start = self.text if self.order == "text-video" else 0
-        return slice(start, start + self.grid.size)
+        return slice(start, start + self.total - self.text)
 
     def frame_slice(self, frame: int) -> slice:
         """Where the tokens of one token frame are, 0 <= frame < frames."""
-        if not 0 <= frame < self.grid.frames:
+        if not 0 <= frame < self.frames:
             raise LayoutError(
-                f"A frame must lie in 0 to {self.grid.frames - 1}. Got {frame}. Count token frames, not pixel frames."
+                f"A frame must lie in 0 to {self.frames - 1}. Got {frame}. Count token frames, not pixel frames."
             )
         start = self.video_slice.start + frame * self.grid.patches
         return slice(start, start + self.grid.patches)
 
+    def parts(self) -> tuple[slice, ...]:
+        """The frames in order, then the text if there is any: together the whole sequence."""
+        return (*self.frame_slices(), *([self.text_slice] if self.text else []))
+
     def frame_slices(self) -> Iterator[slice]:
         """The frames in order."""
-        return (self.frame_slice(frame) for frame in range(self.grid.frames))
+        return (self.frame_slice(frame) for frame in range(self.frames))

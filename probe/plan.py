@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 
 from probe.call import AttentionCall
 from probe.errors import PlanError
 from probe.layout import TokenLayout
-from probe.site import Site, Where, chosen
+from probe.site import KINDS, Site, Where, chosen
 from probe.word import Prompt
 
 
@@ -30,14 +30,18 @@ class Handler(ABC):
     """Something served at attention calls: a readout (touches nothing) or an intervention.
 
     `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same
-    rank on the same tensor, rows and heads of one call clash.
+    rank on the same tensor, rows and heads of one call clash. `kinds` are the kinds of attention it can be served at,
+    None for any. `needs_lse` and `in_parts` say what it will ask of a call, so that the attention can be computed once
+    in the form that gives it.
     """
 
     where: Where
     stage: Stage
     touches: frozenset[str] = frozenset()
     rank: int = 0
+    kinds: frozenset[str] | None = None
     needs_lse: bool = False
+    in_parts: bool = False
 
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:  # noqa: B027 (optional)
         """Called once when a run starts. Forget the last run; refuse what cannot work."""
@@ -55,15 +59,25 @@ class Handler(ABC):
 
 
 class Plan:
-    """Handlers bound to a model of `layers` layers and a run of `steps` steps.
+    """Handlers bound to a model of `layers` layers with attention of `kinds`, and a run of `steps` steps.
+
+    `fuse` lets readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
 
     Raises:
-        PlanError: an edit selects no call at all, or two edits clash; both are named.
+        PlanError: a handler selects no call at all, or two edits clash; both are named.
     """
 
-    def __init__(self, handlers: Iterable[Handler], steps: int, layers: int, prompts: Sequence[Prompt] = ()) -> None:
+    def __init__(
+        self,
+        handlers: Iterable[Handler],
+        steps: int,
+        layers: int,
+        prompts: Sequence[Prompt] = (),
+        kinds: Collection[str] = ("joint",),
+        fuse: bool = False,
+    ) -> None:
         self.handlers = tuple(sorted(handlers, key=lambda h: (h.stage, h.rank)))
-        self.steps, self.layers = steps, layers
+        self.steps, self.layers, self.kinds, self.fuse = steps, layers, frozenset(kinds), fuse
         self._served: Counter[int] = Counter()
         self._cache: dict[Site, tuple[Handler, ...]] = {}
         for handler in self.handlers:
@@ -73,12 +87,17 @@ class Plan:
                     f"A handler must select at least one attention call. Got {handler}, which selects none of {steps} "
                     f"steps and {layers} layers. Widen its where."
                 )
+            self._refuse_kind(handler)
         self._refuse_clashes()
 
     def at(self, site: Site) -> tuple[Handler, ...]:
         """The handlers of a call in the order they are served."""
         if site not in self._cache:
-            self._cache[site] = tuple(h for h in self.handlers if h.where.at(site, self.steps, self.layers))
+            self._cache[site] = tuple(
+                h
+                for h in self.handlers
+                if h.where.at(site, self.steps, self.layers) and (h.kinds is None or site.kind in h.kinds)
+            )
         return self._cache[site]
 
     def served(self, handler: Handler) -> None:
@@ -100,7 +119,8 @@ class Plan:
 
     def explain(self, step: int, layer: int) -> str:
         """What happens at a call, one line per handler, in order."""
-        handlers = self.at(Site(step, 0, layer))
+        handlers = list(dict.fromkeys(h for kind in sorted(self.kinds) for h in self.at(Site(step, 0, layer, 0, kind))))
+        handlers.sort(key=self.handlers.index)
         before = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage <= Stage.EDIT]
         after = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage > Stage.EDIT]
         return "\n".join([f"step {step} layer {layer}:", *before, "  attention", *after])
@@ -112,6 +132,16 @@ class Plan:
             calls = len(chosen(handler.where.steps, self.steps)) * len(chosen(handler.where.layers, self.layers))
             work += handler.cost(layout) * calls
         return work / (self.steps * self.layers)
+
+    def _refuse_kind(self, handler: Handler) -> None:
+        asked = self.kinds if handler.where.kinds is None else self.kinds & set(handler.where.kinds)
+        if not asked or (handler.kinds is not None and not asked & handler.kinds):
+            can = sorted(handler.kinds or KINDS)
+            raise PlanError(
+                f"A handler must select attention of a kind it can read. Got {handler}, which reads {', '.join(can)} "
+                f"attention, in a model with {', '.join(sorted(self.kinds))} attention. Widen its where, or choose "
+                "another."
+            )
 
     def _refuse_clashes(self) -> None:
         edits = [h for h in self.handlers if h.touches]
@@ -130,5 +160,7 @@ class Plan:
         pairs = ((a.branches, b.branches), (a.heads, b.heads), (a.turns, b.turns))
         if any(x is not None and y is not None and x != y for x, y in pairs):
             return False  # told apart, or refused when a call shows that they overlap
+        if a.kinds is not None and b.kinds is not None and not set(a.kinds) & set(b.kinds):
+            return False
         spans = ((a.steps, b.steps, self.steps), (a.layers, b.layers, self.layers))
         return all(set(chosen(x, n)) & set(chosen(y, n)) for x, y, n in spans)

@@ -13,8 +13,8 @@ import torch
 from probe import film
 from probe.errors import UsageError
 from probe.layout import TokenLayout
-from probe.plan import Handler, Plan
 from probe.provenance import provenance, where_from
+from probe.readout.base import Readout
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.site import Branch, Span, Where
@@ -24,7 +24,7 @@ from probe.word import Prompt
 
 
 class Recorder:
-    """Moves what `WordMaps` and `RegionMass` collected for a step into a step file, and forgets it.
+    """Moves what readouts collected for a step into a step file, and forgets it.
 
     `start_frame(branch)` is the first latent frame of a branch's segment in the long video.
     """
@@ -33,33 +33,27 @@ class Recorder:
         self,
         writer: RunWriter,
         prompts: Sequence[Prompt],
-        maps: WordMaps | None = None,
-        mass: RegionMass | None = None,
+        readouts: Sequence[Readout] = (),
         start_frame: Callable[[Branch], int] = lambda branch: 0,
     ) -> None:
-        self.writer, self.prompts, self.maps, self.mass, self.start_frame = writer, prompts, maps, mass, start_frame
-
-    @property
-    def handlers(self) -> list[Handler]:
-        """The readouts to trace with."""
-        return [readout for readout in (self.maps, self.mass) if readout is not None]
+        self.writer, self.prompts, self.readouts, self.start_frame = writer, prompts, tuple(readouts), start_frame
+        self.maps = next((r for r in readouts if isinstance(r, WordMaps)), None)
+        self.mass = next((r for r in readouts if isinstance(r, RegionMass)), None)
 
     def write(
         self, step: int, layout: TokenLayout, attrs: Mapping[str, Any], resume: Mapping[str, Any] | None = None
     ) -> None:
         """Write `steps/step_<step>.h5`; readouts that recorded nothing in this step leave it without segments."""
-        tables = [r for r in (self.maps and self.maps.maps, self.mass and self.mass.masses) if r]
-        branches = dict.fromkeys(branch for table in tables for at, branch, _ in table if at == step)
+        branches = dict.fromkeys(at.branch for readout in self.readouts for at in readout.at(step=step))
         segments = [self._segment(step, branch, layout) for branch in branches]
         self.writer.write_step(step, {"step": step, **attrs}, segments, resume)
-        for table in tables:
-            for key in [key for key in table if key[0] == step]:
-                del table[key]
+        for readout in self.readouts:
+            for at in readout.at(step=step):
+                del readout.values[at]
 
     def _segment(self, step: int, branch: Branch, layout: TokenLayout) -> SegmentRecord:
         prompt = self.prompts[branch.nearest]
-        maps = _of(self.maps.maps if self.maps else {}, step, branch)
-        mass = _of(self.mass.masses if self.mass else {}, step, branch)
+        maps, mass = _of(self.maps, step, branch), _of(self.mass, step, branch)
         layers = tuple(sorted(set(maps) | set(mass)))
         if maps and mass and set(maps) != set(mass):
             raise UsageError(
@@ -83,9 +77,10 @@ class Recorder:
         )
 
 
-def _of(table: Mapping[tuple[int, Branch, int], Any], step: int, branch: Branch) -> dict[int, Any]:
-    """What a readout collected for one step and branch, by layer."""
-    return {layer: found for (at, of, layer), found in table.items() if (at, of) == (step, branch)}
+def _of(readout: Readout | None, step: int, branch: Branch) -> dict[int, Any]:
+    """What a readout collected for one step and branch, by layer; of several evaluations in a step, the first."""
+    seen = readout.at(step=step, branch=branch) if readout else []
+    return {at.layer: readout.values[at] for at in reversed(seen)} if readout else {}
 
 
 def _tokens(prompt: Prompt) -> dict[str, Any]:
@@ -126,12 +121,12 @@ def record(
     where = Where(steps=steps, layers=layers)
     maps, mass = WordMaps(*words, where=where, per_head=per_head), RegionMass(where=where)
     traced = trace(pipe, maps, mass)
-    prompts = traced.tokenize([prompt])
+    prompts = traced.tokenize([prompt], **call)
     count = int(call.get("num_inference_steps", getattr(pipe, "defaults", {}).get("num_inference_steps", 50)))
-    Plan((maps, mass), count, len(traced.family.attention_modules(pipe.transformer)), prompts)  # refuses first
+    traced.plan(count, prompts)  # refuses first
     info = {**provenance(pipe), "prompts": [prompt], "seed": seed, "call": {k: repr(v) for k, v in call.items()}}
     with RunWriter.create(out, info, f"# probe.record({prompt!r})\n", force) as writer:
-        recorder = Recorder(writer, prompts, maps, mass)
+        recorder = Recorder(writer, prompts, (maps, mass))
         generator = torch.Generator().manual_seed(seed)
 
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,10 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
     edits = [h for h in handlers if h.stage == Stage.EDIT]
     _refuse_overlap(call, edits)
     _serve(call, plan, edits)
-    if any(h.needs_lse and h.stage == Stage.USED for h in handlers) and call.out is None:
+    readouts = [h for h in handlers if h.stage == Stage.USED and h.where.rows(call.branches)]
+    if plan.fuse and call.out is None and any(h.in_parts for h in readouts):
+        call.run_in_parts()
+    if call.out is None and any(h.needs_lse for h in readouts):
         call.run_with_lse()
 
 

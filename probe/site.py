@@ -7,21 +7,31 @@ from dataclasses import dataclass
 
 from probe.errors import UsageError
 
+JOINT = frozenset({"joint", "double", "single"})
+"""Kinds with text and video in one sequence: double-stream blocks keep projections of their own for each, single-stream
+blocks share them."""
+
+SPLIT = frozenset({"self", "cross"})
+"""Video alone, and video rows on text columns."""
+
+KINDS = ("joint", "double", "single", "self", "cross")
+
 
 @dataclass(frozen=True)
 class Site:
-    """One attention call: 0-based denoising step (from pure noise), turn (nth forward of the step), layer, nth call
-    of the layer.
+    """One attention call: 0-based denoising step (from pure noise), turn (nth forward of the step), layer (block of the
+    model), nth call of the layer, and the kind of its attention, one of KINDS.
     """
 
     step: int
     turn: int
     layer: int
     call: int = 0
+    kind: str = "joint"
 
     def __str__(self) -> str:
         extra = (f" turn {self.turn}" if self.turn else "") + (f" call {self.call}" if self.call else "")
-        return f"step {self.step}{extra} layer {self.layer}"
+        return f"step {self.step}{extra} layer {self.layer}{f' {self.kind}' if self.kind in SPLIT else ''}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Which:
 class Where:
     """Which calls, heads and branches a handler is for. Everything left out means all.
 
-    `branches` is a `Which` or any function of a `Branch`.
+    `branches` is a `Which` or any function of a `Branch`; `kinds` are some of KINDS.
     """
 
     steps: Span = None
@@ -92,6 +102,12 @@ class Where:
     heads: Span = None
     turns: Span = None
     branches: Callable[[Branch], bool] | None = None
+    kinds: Collection[str] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds or ()) - set(KINDS))
+        if isinstance(self.kinds, str) or unknown:
+            raise UsageError(f"Kinds of attention must be a set of {', '.join(KINDS)}. Got {self.kinds!r}.")
 
     def at(self, site: Site, steps: int, layers: int) -> bool:
         """Whether the call at `site` is selected, in a run of `steps` steps on a model of `layers` layers."""
@@ -99,6 +115,7 @@ class Where:
             site.step in chosen(self.steps, steps)
             and site.layer in chosen(self.layers, layers)
             and _in(self.turns, site.turn)
+            and (self.kinds is None or site.kind in self.kinds)
         )
 
     def rows(self, branches: Collection[Branch]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The tap: every joint-attention call of a model passes through one hub module that nnsight sees.
+"""The tap: every attention call of a model's blocks passes through one hub module that nnsight sees.
 
 The processors keep their class and code; only the attention function they call is rerouted, per layer. `NNsight`
 wraps the hub, not the model: no idle cost, no clash with offloading, and no operation name of a library version is
@@ -7,51 +7,45 @@ spelled out.
 
 from __future__ import annotations
 
-import threading
-import types
-import weakref
+import contextlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from nnsight import NNsight
 from torch import Tensor, nn
 
 from probe.call import AttentionCall
 from probe.errors import TapError
+from probe.gate import gate_of
 from probe.layout import TokenLayout
-from probe.models.family import Family
-from probe.site import Site
+from probe.models.family import Family, Slot
+from probe.reroute import Route, reroute
+from probe.site import SPLIT, Branch, Site
+from probe.word import Prompt
 
 
-@dataclass
-class _Gate:
-    """Who traces a model: one thread at a time."""
+class Forward(NamedTuple):
+    """What a model forward says of itself: its timestep, its batch, and what the pipeline calls it, if it does."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    owner: int | None = None
-
-    def mine(self) -> bool:
-        return self.owner == threading.get_ident()
-
-    def enter(self) -> None:
-        """Waits until another thread's run ends."""
-        self.lock.acquire()
-        self.owner = threading.get_ident()
-
-    def leave(self) -> None:
-        self.owner = None
-        self.lock.release()
+    timestep: Tensor
+    batch: int
+    name: str | None
+    step: int | None
 
 
-_GATES: weakref.WeakKeyDictionary[nn.Module, _Gate] = weakref.WeakKeyDictionary()
+class Place(NamedTuple):
+    """Where a run is: what a tap adds to the tensors of a call."""
+
+    step: int = -1
+    turn: int = 0
+    branches: tuple[Branch, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
 
 
 class AttentionPoint(nn.Module):
-    """The attention call of one layer as a module: `.inputs`, `.output` and `.skip` in a trace of one's own."""
+    """One attention call as a module: `.inputs`, `.output` and `.skip` in a trace of one's own."""
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -61,19 +55,32 @@ class AttentionPoint(nn.Module):
 
 
 class Hub(nn.Module):
-    """Where all attention calls meet, in model order. A call of None ends a trace."""
+    """Where all attention calls meet, in model order. A call of None ends a trace.
 
-    def __init__(self, layers: int) -> None:
+    `layers[i]` is the first attention of block i; `second` holds the others by name of their layer (SD3.5's image
+    attention, Wan's cross attention).
+    """
+
+    def __init__(self, slots: list[Slot]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(AttentionPoint() for _ in range(layers))
+        self.layers = nn.ModuleList(AttentionPoint() for slot in slots if slot.call == 0)
+        self.second = nn.ModuleDict({str(slot.layer): AttentionPoint() for slot in slots if slot.call})
+
+    def point(self, slot: Slot) -> Any:
+        """The module of a slot."""
+        return self.second[str(slot.layer)] if slot.call else self.layers[slot.layer]
 
     def forward(self, call: AttentionCall | None) -> Tensor | None:
         """Run the model's own attention on the tensors the call now holds."""
-        return None if call is None else self.layers[call.site.layer](call.q, call.k, call.v)
+        if call is None:
+            return None
+        site = call.site
+        point = self.second[str(site.layer)] if site.kind in SPLIT and site.call else self.layers[site.layer]
+        return point(call.q, call.k, call.v)
 
 
 class Tap:
-    """Reroutes the attention of `model` while open; a context manager that undoes itself, also after an error.
+    """Reroutes the attention of a model while open; a context manager that undoes itself, also after an error.
 
     Inside, `nnsight` is a plain nnsight model of the hub and `layers[i]` its attention calls, for traces of one's own:
 
@@ -81,32 +88,41 @@ class Tap:
             with tap.nnsight.trace(True, fn=lambda _: pipe("...")):
                 out = tap.layers[2].output.save()
 
-    `plain` holds the processors as they were, by layer.
+    `others` are further transformers of the same pipeline with the same blocks, of which one works at a time (Wan 2.2).
+    `plain` holds the processors as they were.
 
     Raises:
         TapError: no attention call found, the model is already traced, or gradient checkpointing is on.
     """
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
-        self.model, self.family = model, family
-        self.gate = _GATES.setdefault(model, _Gate())
-        self.modules = family.attention_modules(model)
-        self.hub = Hub(len(self.modules))
+    def __init__(self, model: nn.Module, family: Family, *others: nn.Module) -> None:
+        self.model, self.family, self.models = model, family, (model, *others)
+        self.gate = gate_of(model)
+        self.slots = [slot for one in self.models for slot in family.slots(one)]
+        self.hub = Hub(family.slots(model))
         self.nnsight = NNsight(self.hub)
-        self.seen: Counter[int] = Counter()
-        self.on_forward: Callable[[Tensor, int, TokenLayout], None] | None = None
-        self.make_call: Callable[..., AttentionCall] = _bare_call
+        self.on_forward: Callable[[Forward, TokenLayout], None] | None = None
+        self.place: Callable[[], Place] = Place
+        self.observe: Callable[[AttentionCall], None] | None = None
         self.layout: TokenLayout | None = None
         self.plain: list[Any] = []
+        self._seen: Counter[tuple[int, int]] = Counter()
+        self._served: set[tuple[int, int]] = set()
+        self._masked: tuple[Tensor | None, tuple[int, ...] | None] = (None, None)
+        self._named: tuple[str | None, int | None] = (None, None)
         self._undo: list[Callable[[], object]] = []
 
     @property
     def layers(self) -> Any:
-        """The attention points, for plain nnsight."""
+        """The first attention point of every layer, for plain nnsight."""
         return self.nnsight.layers
 
+    def missed(self) -> list[int]:
+        """Layers whose attention has not been seen since the tap was opened."""
+        return sorted({slot.layer for slot in self.slots if (slot.layer, slot.call) not in self._served})
+
     def __enter__(self) -> Tap:
-        if getattr(self.model, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        if any(getattr(model, "gradient_checkpointing", False) for model in self.models) and torch.is_grad_enabled():
             raise TapError(
                 "A traced model must not use gradient checkpointing: recomputed calls would run unedited. Got it "
                 "switched on. Call disable_gradient_checkpointing() first."
@@ -118,12 +134,14 @@ class Tap:
             )
         self.gate.enter()
         self._undo.append(self.gate.leave)
-        self.plain = []
+        self.plain = [slot.module.processor for slot in self.slots]
         try:
-            for layer, module in enumerate(self.modules):
-                self._reroute(layer, module)
-            handle = self.model.register_forward_pre_hook(self._forward, with_kwargs=True)
-            self._undo.append(handle.remove)
+            for slot in self.slots:
+                self._undo.append(reroute(slot.module, lambda route, slot=slot: self._attend(slot, route)))
+            for model in self.models:
+                handle = model.register_forward_pre_hook(self._forward, with_kwargs=True)
+                self._undo.append(handle.remove)
+                self._listen(model)
         except BaseException:
             self.__exit__()
             raise
@@ -133,6 +151,24 @@ class Tap:
         while self._undo:
             self._undo.pop()()
 
+    def _listen(self, model: Any) -> None:
+        """Pipelines name their forwards by `model.cache_context(name)`; note the name on its way."""
+        if not hasattr(model, "cache_context"):
+            return
+        stock = model.cache_context
+
+        @contextlib.contextmanager
+        def cache_context(name: str, **told: Any) -> Iterator[None]:
+            self._named = name, told.get("step_index")
+            try:
+                with stock(name, **told):
+                    yield
+            finally:
+                self._named = None, None
+
+        model.cache_context = cache_context
+        self._undo.append(lambda: vars(model).pop("cache_context", None))
+
     def _forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.gate.mine():
             raise TapError(
@@ -141,66 +177,64 @@ class Tap:
             )
         inputs = self.family.inputs(model, args, kwargs)
         self.layout = self.family.layout(model, inputs)
-        self.seen = Counter()
+        self._seen, self._masked = Counter(), (None, None)
         if self.on_forward is not None:
-            self.on_forward(inputs["timestep"], len(inputs["hidden_states"]), self.layout)
+            self.on_forward(Forward(inputs["timestep"], len(inputs["hidden_states"]), *self._named), self.layout)
 
-    def _reroute(self, layer: int, module: nn.Module) -> None:
-        """Give one attention module a processor of a subclass whose code sees another `F`."""
-        old: Any = module.processor
-        self.plain.append(old)
-        function: Any = type(old).__call__
-        if "scaled_dot_product_attention" not in function.__code__.co_names:
+    def _attend(self, slot: Slot, route: Route) -> Tensor:
+        """One attention call of the model, [B, H, N, D]."""
+        if self.layout is None:
+            raise TapError("A tapped attention must run inside its model's forward. Got a call from outside.")
+        if slot.kind == "cross" and route.k.shape[-2] != self.layout.text:
+            return route.own(route.q, route.k, route.v)  # keys that are no text: Wan's picture tokens
+        call = self._call(slot, route, self.layout)
+        if self.observe is not None:
+            self.observe(call)
+        point = self.hub.point(slot)
+        point.attend = route.own
+        try:
+            return self.hub(call)
+        finally:
+            del point.attend
+
+    def _call(self, slot: Slot, route: Route, layout: TokenLayout) -> AttentionCall:
+        at, place = (slot.layer, slot.call), self.place()
+        nth, self._seen[at] = self._seen[at], self._seen[at] + 1
+        self._served.add(at)
+        branches, ragged = place.branches, self.family.ragged
+        if ragged:
+            branches, layout = branches[nth : nth + 1], layout.with_text(route.q.shape[-2] - layout.grid.size)
+        return AttentionCall(
+            site=Site(place.step, place.turn, slot.layer, slot.call + nth, slot.kind),
+            q=route.q,
+            k=route.k,
+            v=route.v,
+            scale=route.scale,
+            layout=layout,
+            branches=branches,
+            prompts=place.prompts,
+            mask=route.mask,
+            visible=self._visible(route.mask, len(route.q)),
+            native=route.native,
+        )
+
+    def _visible(self, mask: Tensor | None, batch: int) -> tuple[int, ...] | None:
+        """How many keys each batch entry may see, from a key mask [B or 1, 1, 1, M]; None for all. One device sync per
+        forward: all layers get the same mask.
+
+        Raises:
+            TapError: another mask than one that hides keys at the end.
+        """
+        if mask is None or mask is self._masked[0]:
+            return self._masked[1] if mask is not None else None
+        flat = mask.reshape(mask.shape[0], -1)
+        counts = flat.sum(-1) if mask.dtype == torch.bool else torch.zeros(len(flat))
+        ends = torch.arange(flat.shape[-1], device=flat.device) < counts.unsqueeze(-1)
+        if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.dtype != torch.bool or not torch.equal(ends, flat):
             raise TapError(
-                f"An attention processor must call F.scaled_dot_product_attention. Got {type(old).__name__}, which "
-                "does not. Restore the model's own processors."
+                f"A mask of {self.family.name}'s attention must be bool [B, 1, 1, keys] and hide keys at the end. Got "
+                f"{mask.dtype} {tuple(mask.shape)}. Leave attention_mask out."
             )
-        functional = _Functional("torch.nn.functional")
-        functional.scaled_dot_product_attention = self._routed(layer)  # type: ignore[attr-defined]
-        # a code object per layer: torch.compile caches by code object, whatever its globals
-        code = function.__code__.replace()
-        scope = {**function.__globals__, "F": functional}
-        call = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
-        call.__kwdefaults__ = function.__kwdefaults__
-        new = object.__new__(type(type(old).__name__, (type(old),), {"__call__": call}))
-        new.__dict__.update(vars(old))
-        module.processor = new  # type: ignore[assignment]
-        self._undo.append(lambda: _restore(module, new, old))
-
-    def _routed(self, layer: int) -> Callable[..., Tensor]:
-        point: Any = self.hub.layers[layer]
-
-        def routed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
-            if attn_mask is not None:
-                raise TapError(
-                    f"The joint attention of {self.family.name} must have no mask. Got one of "
-                    f"{tuple(attn_mask.shape)}. Leave attention_mask out."
-                )
-            if self.layout is None:
-                raise TapError("A tapped attention must run inside its model's forward. Got a call from outside.")
-            nth, self.seen[layer] = self.seen[layer], self.seen[layer] + 1
-            point.attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **rest)
-            try:
-                return self.hub(self.make_call(layer, nth, query, key, value, rest.get("scale"), self.layout))
-            finally:
-                del point.attend
-
-        return torch.compiler.disable(routed)  # type: ignore[return-value] (a graph break, not a crash of the compiler)
-
-
-class _Functional(types.ModuleType):
-    """Stands in for torch.nn.functional in a processor's globals."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
-
-
-def _restore(module: nn.Module, mine: object, old: object) -> None:
-    if module.processor is mine:  # somebody else's processor is left alone
-        module.processor = old  # type: ignore[assignment]
-
-
-def _bare_call(
-    layer: int, nth: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layout: TokenLayout
-) -> AttentionCall:
-    return AttentionCall(Site(-1, 0, layer, nth), q, k, v, scale, layout, branches=())
+        seen = tuple(int(n) for n in counts.expand(batch))
+        self._masked = mask, None if min(seen) == flat.shape[-1] else seen
+        return self._masked[1]

@@ -10,17 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nnsight import save
-from torch import Tensor
 
 from probe import serve
-from probe.call import AttentionCall
-from probe.clock import Clock
+from probe.clock import Clock, branches_of, step_of, steps_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
 from probe.models.registry import family_of
 from probe.plan import Handler, Plan
-from probe.site import Site
-from probe.tap import Tap
+from probe.tap import Forward, Place, Tap
 from probe.word import Prompt, tokenize
 
 
@@ -29,8 +26,8 @@ class Traced:
     over it.
     """
 
-    def __init__(self, pipe: Any, handlers: Sequence[Handler]) -> None:
-        self.pipe, self.handlers = pipe, tuple(handlers)
+    def __init__(self, pipe: Any, handlers: Sequence[Handler], fuse: bool = False) -> None:
+        self.pipe, self.handlers, self.fuse = pipe, tuple(handlers), fuse
         self.family = family_of(pipe.transformer)
         self.layout: TokenLayout | None = None
 
@@ -38,44 +35,61 @@ class Traced:
         """The pipeline's own call and output; `prompt` tells the words."""
         asked = args[0] if args else kwargs.get("prompt")
         texts = [asked] if isinstance(asked, str) else list(asked or ())
-        return self.run(lambda _: self.pipe(*args, **kwargs), texts)
+        return self.run(lambda _: self.pipe(*args, **kwargs), self.tokenize(texts, **kwargs))
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[Prompt, ...]:
-        """The prompts as this pipeline's text encoder cuts them."""
-        return tokenize(self.pipe.tokenizer, texts, self.family.text_length(self.pipe.transformer))
+    def tokenize(self, texts: Sequence[str], **call: Any) -> tuple[Prompt, ...]:
+        """The prompts as this pipeline's text encoders cut them in a call with the arguments `call`; none if one is
+        empty: it shows no word, which a stock pipeline allows.
+        """
+        if not all(text.strip() for text in texts):
+            return ()
+        return tokenize(self.family.encoders(self.pipe, call), texts) if texts else ()
 
-    def run(self, drive: Callable[[Clock], Any], prompts: Sequence[str] = (), tap: Tap | None = None) -> Any:
+    def plan(self, steps: int, prompts: Sequence[Prompt] = ()) -> Plan:
+        """The handlers bound to this model and a run of `steps` steps; refuses what cannot work."""
+        slots = self.family.slots(self.pipe.transformer)
+        layers = 1 + max(slot.layer for slot in slots)
+        return Plan(self.handlers, steps, layers, prompts, {slot.kind for slot in slots}, self.fuse)
+
+    def run(self, drive: Callable[[Clock], Any], prompts: Sequence[str | Prompt] = (), tap: Tap | None = None) -> Any:
         """Run `drive(clock)`, which makes the model go however it likes, and return its result.
 
-        `drive` may tell the clock each step; else time is read from the model. `tap` is one that is open already.
+        `drive` may tell the clock each step; else time is read from the model. `prompts` are texts, or what `tokenize`
+        made of them. `tap` is one that is open already.
 
         Raises:
             PlanError: handlers clash, or one met no call.
             TapError: attention calls were missed.
         """
         if tap is None:
-            with Tap(self.pipe.transformer, self.family) as fresh:
+            with Tap(self.pipe.transformer, self.family, *_more(self.pipe)) as fresh:
                 return self.run(drive, prompts, fresh)
-        run = _Run(self, tap, self._prompts(prompts))
-        idle = tap.on_forward, tap.make_call
-        tap.on_forward, tap.make_call = run.forward, run.call
+        cut = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
+        run = _Run(self, tap, tuple(cut) or self.tokenize([str(prompt) for prompt in prompts]))
+        idle = tap.on_forward, tap.place
+        tap.on_forward, tap.place = run.forward, run.place
         try:
             result = _follow(tap, lambda: drive(run.clock), run)
         finally:
-            tap.on_forward, tap.make_call = idle
+            tap.on_forward, tap.place = idle
         run.finish()
         return result
 
-    def _prompts(self, texts: Sequence[str]) -> tuple[Prompt, ...]:
-        """The prompts for readouts; one that is empty shows no word, which the stock pipeline allows."""
-        return self.tokenize(texts) if all(text.strip() for text in texts) else ()
 
-
-def trace(pipe: Any, *handlers: Handler) -> Traced:
+def trace(pipe: Any, *handlers: Handler, fuse: bool = False) -> Traced:
     """Attach readouts and interventions to a pipeline: `trace(pipe, WordMaps("cat"))(prompt="a cat",
     num_inference_steps=20)`.
+
+    Recording never changes a bit of the output. `fuse=True` trades that for speed: a readout that measures in parts
+    (FrameMass, RegionMass) then also produces the output of its calls, equal up to rounding (2e-7 in float32).
     """
-    return Traced(pipe, handlers)
+    return Traced(pipe, handlers, fuse)
+
+
+def _more(pipe: Any) -> list[Any]:
+    """The second transformer of a pipeline that has two (Wan 2.2)."""
+    second = getattr(pipe, "transformer_2", None)
+    return [] if second is None else [second]
 
 
 class _Run:
@@ -85,16 +99,17 @@ class _Run:
 
     def __init__(self, traced: Traced, tap: Tap, prompts: tuple[Prompt, ...]) -> None:
         self.traced, self.tap, self.prompts = traced, tap, prompts
-        pipe, family = traced.pipe, traced.family
+        pipe = traced.pipe
         self.clock = Clock(
-            lambda: len(pipe.scheduler.timesteps), lambda batch: family.branches(batch, len(prompts) or None, pipe)
+            lambda: steps_of(pipe.scheduler), lambda batch, name: branches_of(batch, len(prompts), name, pipe)
         )
         self.plan: Plan | None = None
         self.first_step = 0
-        self.layers_seen: set[int] = set()
 
-    def forward(self, timestep: Tensor, batch: int, layout: TokenLayout) -> None:
-        self.clock.forward(timestep, batch)
+    def forward(self, told: Forward, layout: TokenLayout) -> None:
+        step = told.step if told.step is not None else step_of(getattr(self.traced.pipe, "scheduler", None))
+        batch = told.batch
+        self.clock.forward(told.timestep, batch, told.name, step)
         self.traced.layout = layout
         if len(self.clock.branches) != batch:
             raise TapError(
@@ -103,17 +118,13 @@ class _Run:
             )
         if self.plan is None:
             self.first_step = self.clock.step
-            self.plan = Plan(self.traced.handlers, self.clock.steps, len(self.tap.modules), self.prompts)
+            self.plan = self.traced.plan(self.clock.steps, self.prompts)
 
-    def call(
-        self, layer: int, nth: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, layout: TokenLayout
-    ) -> AttentionCall:
-        self.layers_seen.add(layer)
-        site = Site(self.clock.step, self.clock.turn, layer, nth)
-        return AttentionCall(site, q, k, v, scale, layout, self.clock.branches, self.prompts)
+    def place(self) -> Place:
+        return Place(self.clock.step, self.clock.turn, self.clock.branches, self.prompts)
 
     def finish(self) -> None:
-        missed = sorted(set(range(len(self.tap.modules))) - self.layers_seen)
+        missed = self.tap.missed()
         if missed:
             raise TapError(
                 f"Every layer must call its attention through the tap. Got none from layers {missed}: their "

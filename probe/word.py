@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from probe.errors import UsageError, WordError
@@ -61,6 +61,11 @@ class Prompt:
             )
         return tokens
 
+    def first(self, count: int) -> Prompt:
+        """The first `count` tokens, where a model leaves out the padding behind them."""
+        cut = {name: getattr(self, name)[:count] for name in ("pieces", "ids", "spans", "padding")}
+        return self if count >= len(self.ids) else replace(self, **cut)
+
     def has(self, phrase: str) -> bool:
         """Whether `tokens_of(phrase)` would find something."""
         try:
@@ -87,28 +92,58 @@ def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return a[0] < b[1] and b[0] < a[1]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Prompt, ...]:
-    """The prompts as `tokenizer` cuts them, padded or truncated to `length` tokens.
+@dataclass(frozen=True)
+class Encoder:
+    """One text encoder of a pipeline: its tokenizer (None: not loaded, its tokens are all padding), how many tokens it
+    gives the model, and a template around the prompt whose first `crop` tokens the pipeline drops.
+    """
+
+    tokenizer: Any
+    length: int
+    template: str = "{}"
+    crop: int = 0
+
+
+def tokenize(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[Prompt, ...]:
+    """The prompts as a pipeline's encoders cut them, one encoder's tokens after the other's.
 
     Raises:
-        UsageError: a prompt is empty, or the tokenizer cannot tell which characters a token covers.
+        UsageError: a prompt is empty, or a tokenizer cannot tell which characters a token covers.
     """
-    return tuple(_prompt(tokenizer, text, length) for text in texts)
+    return tuple(_joined([_prompt(encoder, text) for encoder in encoders]) for text in texts)
 
 
-def _prompt(tokenizer: Any, text: str, length: int) -> Prompt:
+def _joined(parts: Sequence[Prompt]) -> Prompt:
+    names = ("pieces", "ids", "spans", "padding")
+    return replace(parts[0], **{name: tuple(x for part in parts for x in getattr(part, name)) for name in names})
+
+
+def _prompt(encoder: Encoder, text: str) -> Prompt:
     if not text.strip():
         raise UsageError("A prompt must have at least one word. Got an empty one. Describe the video in a few words.")
+    tokenizer, count = encoder.tokenizer, encoder.length
+    if tokenizer is None:
+        return Prompt(text, ("",) * count, (-1,) * count, ((0, 0),) * count, (True,) * count)
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"Words need a fast tokenizer (one that maps tokens to characters). Got {type(tokenizer).__name__}. Load "
             "the pipeline with its fast tokenizer."
         )
-    coded = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
-    return Prompt(
-        text=text,
-        pieces=tuple(tokenizer.convert_ids_to_tokens(coded["input_ids"])),
-        ids=tuple(coded["input_ids"]),
-        spans=tuple((int(a), int(b)) for a, b in coded["offset_mapping"]),
-        padding=tuple(not seen for seen in coded["attention_mask"]),
+    before = encoder.template.index("{}")
+    coded = tokenizer(
+        encoder.template.replace("{}", text),
+        padding="max_length",
+        max_length=count + encoder.crop,
+        truncation=True,
+        return_offsets_mapping=True,
     )
+    ids, offsets, seen = (coded[name][encoder.crop :] for name in ("input_ids", "offset_mapping", "attention_mask"))
+    spans = (_inside(int(a) - before, int(b) - before, len(text)) for a, b in offsets)
+    pieces = tuple(tokenizer.convert_ids_to_tokens(ids))
+    return Prompt(text, pieces, tuple(ids), tuple(spans), tuple(not one for one in seen))
+
+
+def _inside(start: int, stop: int, length: int) -> tuple[int, int]:
+    """A span within the text; what lies in the template around it covers nothing."""
+    start, stop = max(start, 0), min(stop, length)
+    return (start, stop) if start < stop else (0, 0)

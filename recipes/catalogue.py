@@ -6,6 +6,7 @@ from typing import Any
 
 from ditctrl import sharing
 from probe.plan import Handler, Plan
+from probe.readout.base import Readout
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.site import chosen
@@ -13,13 +14,13 @@ from probe.word import words_of
 from recipes.job import Job
 
 
-def readouts(job: Job) -> tuple[WordMaps | None, RegionMass | None]:
+def readouts(job: Job) -> tuple[Readout, ...]:
     """The readouts a recipe asks for."""
     record, where = job.recipe.record, job.record_where()
     if record is None:
-        return None, None
+        return ()
     maps = WordMaps(*record.words, where=where, directions=record.directions, per_head=record.heads == "each")
-    return maps, RegionMass(where=where) if record.mass else None
+    return (maps, RegionMass(where=where)) if record.mass else (maps,)
 
 
 def edits(job: Job) -> list[Handler]:
@@ -31,12 +32,9 @@ def edits(job: Job) -> list[Handler]:
 
 def predicted(job: Job) -> dict[str, Any]:
     """Sizes and cost before anything runs: what `--dry-run` prints."""
-    maps, mass = readouts(job)
-    if maps is not None and not maps.words:  # every word: no tokenizer yet, so the longest prompt counts
-        widest = max((tuple(dict.fromkeys(words_of(text))) for text in job.recipe.prompts), key=len)
-        maps = WordMaps(*widest, where=maps.where, directions=maps.directions, per_head=maps.per_head)
-    handlers = [h for h in (*edits(job), maps, mass) if h is not None]
-    extra = Plan(handlers, job.steps, job.size.layers).cost(job.size.layout)
+    looks = [_counted(job, readout) for readout in readouts(job)]
+    maps = next((readout for readout in looks if isinstance(readout, WordMaps)), None)
+    extra = Plan([*edits(job), *looks], job.steps, job.size.layers).cost(job.size.layout)
     return {
         "model": job.recipe.model,
         **job.resolved(),
@@ -50,6 +48,14 @@ def predicted(job: Job) -> dict[str, Any]:
         "recorded maps, at most": f"{_map_bytes(job, maps) / 1e6:.1f} MB",
         "states to resume from": f"{_state_bytes(job) / 1e6:.1f} MB",
     }
+
+
+def _counted(job: Job, readout: Readout) -> Readout:
+    """Word maps of every word: no tokenizer yet, so the longest prompt counts."""
+    if not isinstance(readout, WordMaps) or readout.words:
+        return readout
+    widest = max((tuple(dict.fromkeys(words_of(text))) for text in job.recipe.prompts), key=len)
+    return WordMaps(*widest, where=readout.where, directions=readout.directions, per_head=readout.per_head)
 
 
 def clip_forwards(job: Job) -> list[int]:

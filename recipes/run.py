@@ -21,10 +21,8 @@ from ditctrl.method import MultiPrompt
 from probe.clock import Clock
 from probe.errors import MmditError
 from probe.models.load import load
-from probe.plan import Plan
 from probe.provenance import provenance, where_from
-from probe.readout.mass import RegionMass
-from probe.readout.word import WordMaps
+from probe.readout.base import Readout
 from probe.recorder import Recorder, finish_video
 from probe.store import Run, RunWriter, refuse_taken
 from probe.tracer import Traced, trace
@@ -82,8 +80,7 @@ class _Loaded:
     job: Job
     loop: Loop
     traced: Traced
-    maps: WordMaps | None
-    mass: RegionMass | None
+    readouts: tuple[Readout, ...]
     prompts: tuple[Prompt, ...]
     text: torch.Tensor
     info: dict[str, Any]
@@ -109,11 +106,11 @@ def _open(job: Job, place: Place) -> _Loaded:
     with _out_of_memory():
         pipe = load(job.recipe.model, device=place.device, offload=place.offload)
     loop = Loop(pipe, job.steps, sampler.seed, sampler.scheduler)
-    maps, mass = readouts(job)
-    traced = trace(loop.pipe, *edits(job), *(h for h in (maps, mass) if h is not None))
+    looks = readouts(job)
+    traced = trace(loop.pipe, *edits(job), *looks)
     prompts = traced.tokenize(job.recipe.prompts)
-    Plan(traced.handlers, job.steps, job.size.layers, prompts)  # refuses what cannot work before a folder is made
-    return _Loaded(job, loop, traced, maps, mass, prompts, loop.encode(job.recipe.prompts), _info(job, loop), began)
+    traced.plan(job.steps, prompts)  # refuses what cannot work before a folder is made
+    return _Loaded(job, loop, traced, looks, prompts, loop.encode(job.recipe.prompts), _info(job, loop), began)
 
 
 def _info(job: Job, loop: Loop) -> dict[str, Any]:
@@ -134,7 +131,7 @@ def _carry_out(loaded: _Loaded, writer: RunWriter, state: State, quiet: bool) ->
     job, loop, recipe = loaded.job, loaded.loop, loaded.job.recipe
     with _interrupted(writer.folder), writer, _out_of_memory():
         stride = job.segments.stride if job.segments else 0
-        recorder = Recorder(writer, loaded.prompts, loaded.maps, loaded.mass, lambda branch: branch.segment * stride)
+        recorder = Recorder(writer, loaded.prompts, loaded.readouts, lambda branch: branch.segment * stride)
         with tqdm(total=job.steps, initial=state.step, desc=recipe.name, unit="step", disable=quiet) as bar:
             on_step = _on_step(loaded, recorder, bar)
             if state.step < job.steps:

@@ -3,41 +3,109 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from probe.layout import TokenLayout
-from probe.site import Branch
+from probe.word import Encoder
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the attention modules of one kind are: attribute `module` of every block in the list `blocks` of the model
+    (None in a block that has none); `kind` is one of probe.site.KINDS.
+    """
+
+    blocks: str
+    module: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One attention module of a model: its layer (block, counted through all lists of blocks), which attention of that
+    block it is, and its kind.
+    """
+
+    layer: int
+    call: int
+    kind: str
+    module: Any
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text tokens of one encoder: the pipeline's tokenizer by name, how many (None: `max_sequence_length` of the
+    call), the template around a prompt, and how many tokens of its start are dropped.
+    """
+
+    tokenizer: str = "tokenizer"
+    length: int | None = None
+    template: str = "{}"
+    crop: int = 0
 
 
 @dataclass(frozen=True)
 class Family:
     """One model family.
 
-    `transformer` is the diffusers class name, `blocks` and `attention` where its joint-attention modules are. The
-    functions read the layout of the joint sequence, the text length, and the branches of a stock pipeline call;
-    `probe_inputs` makes small random inputs for a self-check.
+    `transformer` is the diffusers class name; `attentions` say where the attention modules are. `layout(model, inputs)`
+    reads the joint sequence from a forward's own arguments, `text` how the pipeline makes text tokens. `frame_axis` is
+    the axis of frames of `hidden_states`, None where there is one picture. `ragged`: one attention call per batch
+    entry, each with its own text length. `text_modulates`: the text also changes every row's modulation.
+    `probe_inputs(model)` makes small random inputs for a self-check.
     """
 
     name: str
     transformer: str
     pipelines: tuple[str, ...]
-    blocks: str
-    attention: str
-    layout: Callable[[nn.Module, dict[str, Any]], TokenLayout]
-    text_length: Callable[[nn.Module], int]
-    branches: Callable[[int, int | None, Any], tuple[Branch, ...]]
-    call_defaults: Callable[[Any], dict[str, Any]]
+    attentions: tuple[Attention, ...]
+    layout: Callable[[Any, dict[str, Any]], TokenLayout]
     probe_inputs: Callable[[Any], dict[str, Any]]
+    text: tuple[Text, ...] = (Text(),)
+    frame_axis: int | None = 2
+    ragged: bool = False
+    text_modulates: bool = False
+    call_defaults: Callable[[Any], dict[str, Any]] = lambda pipe: {}
 
-    def attention_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The joint-attention modules in model order; index = layer."""
-        return [getattr(block, self.attention) for block in getattr(model, self.blocks)]
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of attention a model of this family has."""
+        return frozenset(attention.kind for attention in self.attentions)
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        """The attention modules in model order."""
+        found, first = [], {}
+        for attention in self.attentions:
+            blocks = getattr(model, attention.blocks)
+            start = first.setdefault(attention.blocks, sum(len(getattr(model, name)) for name in first))
+            for index, block in enumerate(blocks):
+                module = getattr(block, attention.module, None)
+                if module is not None:
+                    call = sum(slot.layer == start + index for slot in found)
+                    found.append(Slot(start + index, call, attention.kind, module))
+        return sorted(found, key=lambda slot: (slot.layer, slot.call))
 
     def inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a model forward by name."""
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         return dict(zip(names, args, strict=False)) | kwargs
+
+    def encoders(self, pipe: Any, call: Mapping[str, Any]) -> list[Encoder]:
+        """The text encoders of a pipeline call, for `probe.word.tokenize`."""
+        return [
+            Encoder(getattr(pipe, text.tokenizer, None), text.length or _asked(pipe, call), text.template, text.crop)
+            for text in self.text
+        ]
+
+
+def _asked(pipe: Any, call: Mapping[str, Any]) -> int:
+    """`max_sequence_length` as this call gives it, or its default."""
+    given = {**getattr(pipe, "defaults", {}), **call}
+    if "max_sequence_length" in given:
+        return given["max_sequence_length"]
+    stock = next(base for base in type(pipe).__mro__ if "defaults" not in vars(base))
+    return inspect.signature(stock.__call__).parameters["max_sequence_length"].default

@@ -7,8 +7,9 @@ edit counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from probe import attend
 from probe.call import AttentionCall
 from probe.clock import Clock
 from probe.errors import MmditError, ProofError
+from probe.layout import TokenLayout
 from probe.models.registry import family_of
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where
@@ -62,14 +64,19 @@ class Finding:
 
 
 def prove(pipe: Any, tap: Tap | None = None) -> list[Finding]:
-    """Checks on one small forward of the pipeline's transformer, each resting on those before; the first failure is
-    the last one made.
+    """Checks on one small forward of the pipeline's transformer (of each, where it has two), each resting on those
+    before; the first failure is the last one made.
 
-    `tap` is an open tap to examine instead of a fresh one. A check that stops on an error fails with its sentence.
+    `pipe` is a pipeline or anything with a `transformer`. `tap` is an open tap to examine instead of a fresh one. A
+    check that stops on an error fails with its sentence.
     """
     if tap is None:
+        second = getattr(pipe, "transformer_2", None)
         with Tap(pipe.transformer, family_of(pipe.transformer)) as fresh:
-            return prove(pipe, fresh)
+            findings = prove(pipe, fresh)
+        if second is None or not findings[-1].passed:
+            return findings
+        return [*findings, *prove(SimpleNamespace(transformer=second, scheduler=None))]
     bench = _Bench(pipe, tap)
     checks = (_kernel, _every_call_once, _layout, _nothing_changes, _every_edit_counts)
     findings: list[Finding] = []
@@ -93,40 +100,38 @@ class _Bench:
 
     def __init__(self, pipe: Any, tap: Tap) -> None:
         self.pipe, self.tap, self.model = pipe, tap, tap.model
-        self.inputs: dict[str, Any] = tap.family.probe_inputs(pipe)
-        self.layers = len(tap.modules)
+        self.inputs: dict[str, Any] = tap.family.probe_inputs(tap.model)
+        self.batch = len(self.inputs["hidden_states"])
+        self.layers = len(tap.hub.layers)
 
     @torch.no_grad()
     def forward(self, observe: Observe | None = None, **changed: Tensor) -> Tensor:
         """The model's output; `observe` looks at each call."""
-        make = self.tap.make_call
-
-        def watched(*arguments: Any) -> AttentionCall:
-            call = make(*arguments)
-            if observe is not None:
-                observe(call)
-            return call
-
-        self.tap.make_call = watched
+        self.tap.observe = observe
         try:
             return self.model(**(self.inputs | changed), return_dict=False)[0]
         finally:
-            self.tap.make_call = make
+            self.tap.observe = None
 
     def traced(self, *handlers: Handler) -> Tensor:
         """The model's output through the trace loop, served to `handlers`."""
 
         def drive(clock: Clock) -> Tensor:
-            clock.tell(step=0, steps=1, branches=[Branch()])
+            clock.tell(step=0, steps=1, branches=[Branch(prompt=i) for i in range(self.batch)])
             return self.forward()
 
         return Traced(self.pipe, handlers).run(drive, tap=self.tap)
 
-    def first_queries(self, **changed: Tensor) -> Tensor:
-        """q of layer 0, [B, H, N, D]: each row depends on its own token alone."""
-        seen: list[Tensor] = []
-        self.forward(lambda call: seen.append(call.q.clone()) if call.site.layer == 0 else None, **changed)
-        return seen[0]
+    def first_calls(self, **changed: Tensor) -> dict[int, AttentionCall]:
+        """The calls of layer 0 by their number: there, each row depends on its own token alone."""
+        seen: dict[int, AttentionCall] = {}
+
+        def keep(call: AttentionCall) -> None:
+            if call.site.layer == 0:
+                seen[call.site.call] = replace(call, q=call.q.clone(), k=call.k.clone())
+
+        self.forward(keep, **changed)
+        return seen
 
 
 def _kernel(bench: _Bench) -> str:
@@ -136,11 +141,14 @@ def _kernel(bench: _Bench) -> str:
 
 
 def _every_call_once(bench: _Bench) -> str:
-    calls: Counter[int] = Counter()
-    bench.forward(lambda call: calls.update([call.site.layer]))
-    missed = [layer for layer in range(bench.layers) if not calls[layer]]
-    doubled = [layer for layer, n in calls.items() if n > 1]
-    if len(missed) == bench.layers:
+    calls: Counter[tuple[int, int]] = Counter()
+    bench.forward(lambda call: calls.update([(call.site.layer, call.site.call)]))
+    first = {slot.layer: slot.call for slot in bench.tap.slots}
+    entries = range(bench.batch) if bench.tap.family.ragged else range(1)
+    expected = {(slot.layer, slot.call + entry) for slot in bench.tap.slots for entry in entries}
+    missed = sorted({layer for layer, _ in expected - set(calls)})
+    doubled = sorted({layer for (layer, call), n in calls.items() if n > 1 or (layer, call) not in expected})
+    if len(missed) == len(first):
         raise ProofError(
             "Every layer must call its attention through the tap. Got no call at all: the processors were replaced "
             "after tapping, as fuse_qkv_projections() does. Undo that (unfuse_qkv_projections) and tap again."
@@ -152,45 +160,71 @@ def _every_call_once(bench: _Bench) -> str:
         )
     if doubled:
         raise ProofError(
-            f"Every layer must attend once per forward. Got more calls from layers {sorted(doubled)}. The family's "
+            f"Every layer must attend once per forward. Got more calls from layers {doubled}. The family's "
             "description must name these calls."
         )
-    return f"each of {bench.layers} layers seen exactly once"
+    many = "" if len(expected) == len(first) else f", {len(expected)} calls in all"
+    return f"each of {len(first)} layers seen exactly once{many}"
 
 
 def _layout(bench: _Bench) -> str:
-    """Change one kind of input; the rows of layer 0 that change must be those the layout names."""
-    plain = bench.first_queries()
-    layout = bench.tap.layout
-    if layout is None or plain.shape[-2] != layout.total:
-        raise ProofError(
-            f"The layout must have as many tokens as the model attends to. Got {layout} for {plain.shape[-2]}. Mend "
-            "the family's layout."
-        )
+    """Change one kind of input; the rows and columns of layer 0 that change must be those the layout names."""
     text, video = bench.inputs["encoder_hidden_states"], bench.inputs["hidden_states"]
-    _same_rows("text", layout.text_slice, plain, bench.first_queries(encoder_hidden_states=text + 1))
-    _same_rows("video", layout.video_slice, plain, bench.first_queries(hidden_states=video + 1))
-    per_token = video.shape[1] // layout.grid.frames
-    for frame in range(layout.grid.frames):
-        moved = video.clone()
-        moved[:, frame * per_token : (frame + 1) * per_token] += 1
-        _same_rows(f"frame {frame}", layout.frame_slice(frame), plain, bench.first_queries(hidden_states=moved))
+    plain, moved = bench.first_calls(), bench.first_calls(encoder_hidden_states=text + 1)
+    for call, was in plain.items():
+        if was.rows.text and not bench.tap.family.text_modulates:
+            _same_rows("text", was.rows.text_slice, was.q, moved[call].q)
+        if was.columns.text and not bench.tap.family.text_modulates:
+            _same_rows("text", was.columns.text_slice, was.k, moved[call].k)
+    for name, changed, expected in _video_changes(bench, video):
+        moved = bench.first_calls(hidden_states=changed)
+        for call, was in plain.items():
+            if was.site.kind != "cross":  # by then the self attention of the block has mixed the video rows
+                _same_rows(name, expected(was.rows), was.q, moved[call].q)
+    layout = plain[0].layout
     return f"{layout.text} text and {layout.grid} video tokens are where the layout says ({layout.order})"
 
 
-def _same_rows(name: str, expected: slice, plain: Tensor, moved: Tensor) -> None:
+Rows = Callable[[TokenLayout], slice | list[int]]
+
+
+def _video_changes(bench: _Bench, video: Tensor) -> Iterator[tuple[str, Tensor, Rows]]:
+    """(what, changed hidden states, the rows of a layout that must change): all, each frame, the first row of
+    patches.
+    """
+    grid, axis = bench.tap.family.layout(bench.model, bench.inputs).grid, bench.tap.family.frame_axis
+    yield "video", video + 1, lambda rows: rows.video_slice
+    for frame in range(grid.frames if axis is not None else 0):
+        assert axis is not None
+        per_frame = video.shape[axis] // grid.frames
+        moved = video.clone()
+        moved.narrow(axis, frame * per_frame, per_frame).add_(1)
+        yield f"frame {frame}", moved, lambda rows, frame=frame: rows.frame_slice(frame)
+    if video.dim() >= 4:
+        moved = video.clone()
+        moved[..., : video.shape[-2] // grid.height, :].add_(1)
+        yield "top row", moved, lambda rows: [start + i for start in _starts(rows) for i in range(grid.width)]
+
+
+def _starts(rows: TokenLayout) -> list[int]:
+    """Where the frames begin."""
+    return sorted(frame.start for frame in rows.frame_slices())
+
+
+def _same_rows(name: str, expected: slice | list[int], plain: Tensor, moved: Tensor) -> None:
+    wanted = list(range(expected.start, expected.stop)) if isinstance(expected, slice) else expected
     changed = (plain != moved).any(-1).any(1).any(0).nonzero().flatten().tolist()
-    if changed != list(range(expected.start, expected.stop)):
+    if changed != wanted:
         got = f"rows {changed[0]} to {changed[-1]} ({len(changed)})" if changed else "no row"
         raise ProofError(
-            f"The layout must name the rows of {name} tokens. Got {expected.start} to {expected.stop - 1}, but the "
+            f"The layout must name the rows of {name} tokens. Got {wanted[0]} to {wanted[-1]} ({len(wanted)}), but the "
             f"model keeps them in {got}. Text and video are in another order, or the grid is another."
         )
 
 
 def _nothing_changes(bench: _Bench) -> str:
     tap = bench.tap
-    rerouted = [module.processor for module in tap.modules]
+    rerouted = [slot.module.processor for slot in tap.slots]
     _install(tap, tap.plain)
     try:
         plain = bench.forward()
@@ -208,16 +242,16 @@ def _nothing_changes(bench: _Bench) -> str:
 
 
 def _install(tap: Tap, processors: list[Any]) -> None:
-    for module, processor in zip(tap.modules, processors, strict=True):
-        module.processor = processor
+    for slot, processor in zip(tap.slots, processors, strict=True):
+        slot.module.processor = processor
 
 
 def _every_edit_counts(bench: _Bench) -> str:
     plain = bench.traced()
-    for layer in range(bench.layers):
-        if torch.equal(bench.traced(_Double(Where(layers=layer))), plain):
+    for slot in bench.tap.slots:
+        if torch.equal(bench.traced(_Double(Where(layers=slot.layer, kinds={slot.kind}))), plain):
             raise ProofError(
-                f"An edit of a layer's attention must reach the output. Got no change from layer {layer}: its output "
-                "projection is zero, or its result is unused. Check the checkpoint."
+                f"An edit of a layer's attention must reach the output. Got no change from layer {slot.layer}: its "
+                "output projection is zero, or its result is unused. Check the checkpoint."
             )
     return f"an edit in each of {bench.layers} layers changes the output"

@@ -3,49 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe import attend
-from probe.call import AttentionCall
-from probe.errors import WordError
+from probe.entry import Entry
+from probe.errors import UsageError, WordError
 from probe.layout import TokenLayout
-from probe.plan import Handler, Stage
-from probe.site import Branch, Where, Which
+from probe.plan import Stage
+from probe.readout.base import Readout
+from probe.site import JOINT, Branch, Where
 from probe.word import Prompt
 
-Direction = Literal["vt", "tv"]
-CONDITIONAL = Which(guided=True)
+Direction = Literal["vt", "vt_text", "tv", "mean"]
 
 
-@dataclass(eq=False)
-class WordMaps(Handler):
+class WordMaps(Readout):
     """Lift of each word on each video token, exact, streamed; 1.0 = uniform attention.
 
-    `vt` (video rows, text columns): `sum_{j in word} p_ij * n_keys / |word|` for video token i, the softmax joint
-    over all keys. `tv` (text rows, video columns): `mean_{i in word} p_ij * n_keys` for video token j. `n_keys`
-    counts all keys of the joint softmax, padding included (CogVideoX does not mask it). DiTCtrl sums the columns of a
-    word and uses `vt` only; its map is `vt * |word| / n_keys`, min-max normalised per frame.
+    - `vt` (video rows, text columns): `sum_{j in word} p_ij * n_keys / |word|` for video token i, the softmax joint
+      over all keys. DiTCtrl sums the columns of a word and uses this one; its map is `vt * |word| / n_keys`, min-max
+      normalised per frame.
+    - `vt_text`: the same, conditional on text: p renormalised over the text columns, n_keys = text tokens (ConsistEdit
+      on CogVideoX).
+    - `tv` (text rows, video columns): `mean_{i in word} p_ij * n_keys` for video token j.
+    - `mean`: the mean of `vt` and `tv` (FreeFlux averages column and transposed row).
 
-    `per_head` keeps heads apart, else their mean is kept. Conditional branches only; the unconditional half
-    shows another prompt. A branch shows the words of its prompt (of the nearer one when interpolated); words it does
-    not have are left out.
+    `n_keys` counts all keys that may be seen, padding included where the model attends to it (CogVideoX does).
+    Where text and video attend apart (Wan) there are no text rows: `vt` is over the text keys alone and equals
+    `vt_text`, and `tv` is refused.
 
-    After a run `maps[(step, branch, layer)]` is a dict: direction -> float32 [heads or 1, words, F, Y, X], in the
-    order of `words_of[branch]`.
+    `per_head` keeps heads apart, else their mean is kept. Conditional branches only; the unconditional half shows
+    another prompt. A branch shows the words of its prompt (of the nearer one when interpolated); words it does not have
+    are left out.
+
+    After a run `values[at]` is a dict: direction -> float32 [heads or 1, words, F, Y, X], in the order of
+    `words_of[branch]`. Relative error 5e-6 in float32, 2e-2 in half precision.
     """
-
-    words: tuple[str, ...]
-    where: Where = field(default_factory=Where)
-    directions: tuple[Direction, ...] = ("vt", "tv")
-    per_head: bool = False
-    stage = Stage.USED
-    needs_lse = True
 
     def __init__(
         self,
@@ -53,10 +50,16 @@ class WordMaps(Handler):
         where: Where | None = None,
         directions: Sequence[Direction] = ("vt", "tv"),
         per_head: bool = False,
+        stage: Stage = Stage.USED,
     ) -> None:
         self.words, self.directions, self.per_head = tuple(dict.fromkeys(words)), tuple(directions), per_head
-        self.where = conditional(where)
-        self.begin((), 0, 0)
+        unknown = sorted(set(directions) - set(get_args(Direction)))
+        if unknown or not directions:
+            raise UsageError(
+                f"Directions of word maps must be some of {', '.join(get_args(Direction))}. Got {unknown or 'none'}."
+            )
+        self.kinds = JOINT if {"tv", "mean"} & set(directions) else JOINT | {"cross"}
+        super().__init__(where or Where(), stage)
 
     def __str__(self) -> str:
         return f"WordMaps({', '.join(self.words) or 'every word'})"
@@ -67,7 +70,7 @@ class WordMaps(Handler):
         Raises:
             WordError: a word is in none of the prompts.
         """
-        self.maps: dict[tuple[int, Branch, int], dict[str, NDArray[np.float32]]] = {}
+        super().begin(prompts, steps, layers)
         self.words_of: dict[Branch, tuple[str, ...]] = {}
         self._count = max([len(self.words), *(len(_words_of(self.words, prompt)) for prompt in prompts)])
         for word in self.words if prompts else ():
@@ -75,34 +78,35 @@ class WordMaps(Handler):
                 spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
                 raise WordError(f"A word must be in a prompt. Got {word!r}. The words are: {spoken}.")
 
-    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
-        """Reduce the call to maps of its branches `rows`."""
-        for row in rows:
-            branch = call.branches[row]
-            prompt = call.prompt_of(branch)
-            words = _words_of(self.words, prompt)
-            if words:
-                tokens = [[call.layout.text_slice.start + t for t in prompt.tokens_of(w)] for w in words]
-                self.words_of[branch] = words
-                key = (call.site.step, branch, call.site.layer)
-                self.maps[key] = {d: self._map(call, row, tokens, d) for d in self.directions}
+    def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
+        """direction -> [heads or 1, words, F, Y, X]."""
+        words = _words_of(self.words, entry.prompt)
+        if not words:
+            return None
+        self.words_of[entry.branch] = words
+        tokens = [entry.prompt.tokens_of(word) for word in words]
+        return {direction: self._map(entry, tokens, direction) for direction in self.directions}
 
     def cost(self, layout: TokenLayout) -> float:
-        """A few columns and a few rows of the matrix."""
-        return len(self.directions) * self._count / layout.total
+        """A few columns and a few rows of the matrix; all text columns when conditional on text."""
+        thin = {"vt": self._count, "tv": self._count, "mean": 2 * self._count, "vt_text": self._count + layout.text}
+        return sum(thin[direction] for direction in self.directions) / layout.total
 
     def word_map(
         self, word: str, step: int, layer: int, branch: Branch, direction: Direction = "vt"
     ) -> NDArray[np.float32]:
         """Head-mean lift [F, Y, X] of one word."""
         index = self.words_of[branch].index(word)
-        return self.maps[step, branch, layer][direction][:, index].mean(0)
+        (at, *_) = self.at(step=step, layer=layer, branch=branch)
+        return self.values[at][direction][:, index].mean(0)
 
-    def _map(self, call: AttentionCall, row: int, tokens: list[list[int]], direction: Direction) -> NDArray[np.float32]:
-        lift = _lift(call, row, tokens, self.where, direction)
-        if not self.per_head:
-            lift = lift.mean(0, keepdim=True)
-        return lift.unflatten(-1, call.layout.grid.shape).float().cpu().numpy()
+    def _map(self, entry: Entry, tokens: list[tuple[int, ...]], direction: str) -> Tensor:
+        if direction == "mean":
+            lift = (_lift(entry, tokens, "vt") + _lift(entry, tokens, "tv")) / 2
+        else:
+            lift = _lift(entry, tokens, direction)
+        lift = lift if self.per_head else lift.mean(0, keepdim=True)
+        return lift.unflatten(-1, entry.rows.grid.shape)
 
 
 def _words_of(asked: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
@@ -113,17 +117,14 @@ def _words_of(asked: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
     return tuple(word for word in asked or every.values() if prompt.has(word))
 
 
-def conditional(where: Where | None) -> Where:
-    """`where`, on conditional branches if it does not choose branches itself."""
-    where = where or Where()
-    return where if where.branches is not None else replace(where, branches=CONDITIONAL)
-
-
-def _lift(call: AttentionCall, row: int, tokens: list[list[int]], where: Where, direction: Direction) -> Tensor:
-    """Lift [H, W, video] of words given as token positions: exact probabilities of a few columns, or of a few rows."""
-    heads, video = list(where.head_list(call.q.shape[1])), call.layout.video_slice
-    words = [token for word in tokens for token in word]
-    rows, columns, axis = (video, words, -1) if direction == "vt" else (words, video, -2)
-    q, k, lse = call.q[row, heads][:, rows], call.k[row, heads][:, columns], call.lse()[row, heads][:, rows]
-    parts = attend.probabilities(q, k, lse, call.scale).split([len(word) for word in tokens], dim=axis)
-    return torch.stack([part.mean(axis) for part in parts], 1) * call.k.shape[-2]
+def _lift(entry: Entry, tokens: list[tuple[int, ...]], direction: str) -> Tensor:
+    """Lift [H, words, video] of words given as text positions: exact probabilities of a few columns, or a few rows."""
+    sizes, flat = [len(word) for word in tokens], [token for word in tokens for token in word]
+    if direction == "tv":
+        words = [entry.rows.text_slice.start + token for token in flat]
+        parts = entry.weights(rows=words, columns=entry.columns.video_slice).split(sizes, dim=-2)
+        return torch.stack([part.mean(-2) for part in parts], 1) * entry.keys
+    words = [entry.columns.text_slice.start + token for token in flat]
+    within, keys = (entry.columns.text_slice, entry.columns.text) if direction == "vt_text" else (None, entry.keys)
+    parts = entry.weights(entry.rows.video_slice, words, within).split(sizes, dim=-1)
+    return torch.stack([part.mean(-1) for part in parts], 1) * keys

@@ -94,7 +94,7 @@ def test_edits_at_one_place_clash():
 
 
 def clock():
-    return Clock(lambda: 10, lambda batch: tuple(Branch() for _ in range(batch)))
+    return Clock(lambda: 10, lambda batch, name: tuple(Branch() for _ in range(batch)))
 
 
 def test_the_clock_reads_distinct_timesteps():

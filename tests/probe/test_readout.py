@@ -37,8 +37,8 @@ def recorded(dtype, *readouts, prompt=tiny.PROMPT, rotary=True):
 def test_word_maps_equal_the_matrix(dtype):
     readout = probe.WordMaps("cat", "red cat", per_head=True)
     calls = recorded(dtype, readout)
-    assert len(calls) == len(readout.maps) == 2 * 3
-    for (step, branch, layer), maps in readout.maps.items():
+    assert len(calls) == len(readout.values) == 2 * 3
+    for (step, branch, layer, *_), maps in readout.values.items():
         call = calls[step, layer]
         p = weights(call.q, call.k)[call.branches.index(branch)]
         for w, tokens in enumerate([[2], [1, 2]]):
@@ -54,16 +54,16 @@ def test_word_maps_average_heads_and_can_choose_them():
     each, mean = probe.WordMaps("cat", per_head=True), probe.WordMaps("cat")
     second = probe.WordMaps("cat", where=probe.Where(heads=1))
     recorded(torch.float32, each, mean, second)
-    for key, maps in each.maps.items():
-        assert np.allclose(mean.maps[key]["vt"][0], maps["vt"].mean(0), rtol=1e-6)
-        assert np.array_equal(second.maps[key]["tv"][0], maps["tv"][1])
+    for key, maps in each.values.items():
+        assert np.allclose(mean.values[key]["vt"][0], maps["vt"].mean(0), rtol=1e-6)
+        assert np.array_equal(second.values[key]["tv"][0], maps["tv"][1])
 
 
 def test_readouts_of_words_see_the_conditional_half_only():
     """The unconditional half shows the negative prompt, whose words and padding are others."""
     default = probe.WordMaps("cat")
     recorded(torch.float32, default)
-    assert {branch.guided for _, branch, _ in default.maps} == {True}
+    assert {at.branch.guided for at in default.values} == {True}
     unconditional = probe.Where(branches=probe.Which(guided=False))
     for readout in (probe.WordMaps("cat", where=unconditional), probe.RegionMass(where=unconditional)):
         with pytest.raises(probe.MmditError, match="must look at conditional branches. Got unconditional prompt 0"):
@@ -132,7 +132,7 @@ def test_uniform_attention_has_lift_one():
         torch.nn.init.zeros_(block.attn1.norm_q.bias)
     readout = probe.WordMaps("cat")
     tiny.latents(probe.trace(pipe, readout), steps=1)
-    for maps in readout.maps.values():
+    for maps in readout.values.values():
         assert np.allclose(maps["vt"], 1, atol=1e-5)
         assert np.allclose(maps["tv"], 1, atol=1e-5)
 
@@ -141,8 +141,8 @@ def test_uniform_attention_has_lift_one():
 def test_region_mass_equals_the_matrix(dtype):
     readout = probe.RegionMass()
     calls = recorded(dtype, readout)
-    assert len(readout.masses) == 2 * 3
-    for (step, branch, layer), table in readout.masses.items():
+    assert len(readout.values) == 2 * 3
+    for (step, branch, layer, *_), table in readout.values.items():
         call = calls[step, layer]
         expected = slow_mass(call, call.branches.index(branch))
         assert np.abs(table - expected).max() < BOUND[dtype]
@@ -151,7 +151,7 @@ def test_region_mass_equals_the_matrix(dtype):
 
 def slow_mass(call, row):
     """One token, one column at a time."""
-    layout, prompt, p = call.layout, call.prompt_of(call.branches[row]), weights(call.q, call.k)[row].numpy()
+    layout, prompt, p = call.layout, call.entry(row).prompt, weights(call.q, call.k)[row].numpy()
     kinds = ["text" if not pad else "padding" for pad in prompt.padding] + ["video"] * layout.grid.size
     frame = [None] * layout.text + [i // layout.grid.patches for i in range(layout.grid.size)]
     table = np.zeros((p.shape[0], 3, 4))
@@ -168,7 +168,7 @@ def slow_mass(call, row):
 def test_region_mass_without_padding_is_nan_there():
     readout = probe.RegionMass()
     recorded(torch.float32, readout, prompt=" ".join(["cat"] * 11))
-    table = next(iter(readout.masses.values()))
+    table = next(iter(readout.values.values()))
     assert np.isnan(table[:, 1]).all()
     assert np.allclose(table[:, [0, 2]].sum(-1), 1, atol=1e-5)
     assert np.abs(table[:, [0, 2], 1]).max() == 0

@@ -56,7 +56,7 @@ def test_recording_never_changes_a_bit(pipe, sampler, guidance):
     assert (tiny.latents(probe.trace(pipe), **call) == plain).all()
     maps, mass = readouts()
     assert (tiny.latents(probe.trace(pipe, maps, mass), **call) == plain).all()
-    assert len(maps.maps) == len(mass.masses) == 4 * 3
+    assert len(maps.values) == len(mass.values) == 4 * 3
     pipe.scheduler = stock
 
 

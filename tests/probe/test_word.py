@@ -1,12 +1,12 @@
 import pytest
 
 from probe.errors import UsageError, WordError
-from probe.word import tokenize
+from probe.word import Encoder, tokenize
 from tests import tiny
 
 
 def prompt(text):
-    return tokenize(tiny.tokenizer(), [text], tiny.TEXT)[0]
+    return tokenize([Encoder(tiny.tokenizer(), tiny.TEXT)], [text])[0]
 
 
 def test_words_become_tokens():

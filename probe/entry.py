@@ -1,0 +1,128 @@
+"""One batch entry of an attention call, and the exact reductions readouts are made of. No N x N matrix is formed.
+
+Shapes: q [H, N, D]; k, v [H, M, D]; a reduction over keys gives [H, N, ...], one over rows [H, M, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from probe import attend, region
+from probe.errors import WordError
+from probe.layout import TokenLayout
+from probe.site import Branch, Site
+from probe.word import Prompt
+
+Index = slice | Sequence[int] | Tensor
+
+
+@dataclass(eq=False)
+class Entry:
+    """What one branch attends to in one call: p_ij = exp(scale q_i k_j - lse_i), over the keys it may see.
+
+    `rows` and `columns` name the tokens of queries and keys. Properties are computed once, whoever asks.
+    """
+
+    site: Site
+    branch: Branch
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    rows: TokenLayout
+    columns: TokenLayout
+    prompts: tuple[Prompt, ...]
+    heads: tuple[int, ...]
+    given_lse: Tensor
+    given_shares: Tensor | None = None
+
+    @property
+    def keys(self) -> int:
+        """Keys of the softmax."""
+        return self.columns.total
+
+    @property
+    def lse(self) -> Tensor:
+        """Row log-normaliser, natural log [H, N], float32 (float64 for float64)."""
+        return self.given_lse
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The prompt this branch shows, as long as the text of the call.
+
+        Raises:
+            WordError: the run was told no prompts, or the branch is unconditional: it does not show the prompt.
+        """
+        if not self.branch.guided:
+            raise WordError(
+                f"A readout of words or padding must look at conditional branches. Got {self.branch}. Use "
+                "Which(guided=True), or leave branches out."
+            )
+        if self.branch.nearest >= len(self.prompts):
+            raise WordError(
+                f"A readout of words or padding must know the prompt. Got a run that was told {len(self.prompts)}. "
+                "Pass prompt=..., or prompts to run()."
+            )
+        return self.prompts[self.branch.nearest].first(max(self.rows.text, self.columns.text))
+
+    @cached_property
+    def groups(self) -> dict[str, Tensor]:
+        """bool masks over rows: text, padding, video; text and padding need the prompt."""
+        return self._kinds(self.rows)
+
+    @cached_property
+    def column_groups(self) -> dict[str, Tensor]:
+        """bool masks over columns: text, padding, video."""
+        return self._kinds(self.columns)
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """Probability each row puts on each part of the columns, [H, N, parts]: frames in order, then text (padding
+        included) if there is any. One small attention per part; sums to one.
+        """
+        if self.given_shares is not None:
+            return self.given_shares
+        return torch.stack([torch.exp(self.part(part) - self.lse) for part in self.columns.parts()], -1)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether `shares` is there without further work."""
+        return self.given_shares is not None or "shares" in vars(self)
+
+    @cached_property
+    def mean_key(self) -> Tensor:
+        """Expected key of each row, sum_j p_ij k_j, [H, N, D]: one attention with K in place of V."""
+        return self.attend(self.k)
+
+    def attend(self, values: Tensor) -> Tensor:
+        """Expected value of each row, sum_j p_ij values_j, [H, N, D]; values [H, M, D]."""
+        return attend.partial(self.q[None], self.k[None], values[None], self.scale).out[0]
+
+    def weights(self, rows: Index = slice(None), columns: Index = slice(None), within: Index | None = None) -> Tensor:
+        """p_ij of a few rows or a few columns, [H, rows, columns]: a thin product.
+
+        `within` are the keys the softmax is conditional on, all of them by default.
+        """
+        lse = self.lse[:, rows] if within is None else self.part(within, rows)
+        return attend.probabilities(self.q[:, rows], self.k[:, columns], lse, self.scale)
+
+    def part(self, columns: Index, rows: Index = slice(None), sharpness: float = 1.0) -> Tensor:
+        """Log-normaliser of some rows over some columns, [H, rows]; `exp(part - lse)` is their probability.
+
+        `sharpness` multiplies the logits.
+        """
+        q, k, v = self.q[:, rows], self.k[:, columns], self.v[:, columns]
+        return attend.partial(q[None], k[None], v[None], self.scale * sharpness).lse[0]
+
+    def _kinds(self, side: TokenLayout) -> dict[str, Tensor]:
+        video = torch.from_numpy(region.video().mask(side)).to(self.q.device)
+        if not side.text:
+            return {"text": ~video, "padding": ~video, "video": video}
+        masks = (r.mask(side, self.prompt) for r in (region.text(), region.padding()))
+        text, padding = (torch.from_numpy(mask).to(self.q.device) for mask in masks)
+        return {"text": text, "padding": padding, "video": video}

@@ -1,0 +1,86 @@
+"""What every readout is: a reduction of one batch entry of one call, kept by where it was seen."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probe.call import AttentionCall
+from probe.entry import Entry
+from probe.plan import Handler, Stage
+from probe.site import Branch, Where, Which
+from probe.word import Prompt
+
+CONDITIONAL = Which(guided=True)
+
+
+class At(NamedTuple):
+    """Where a value was seen."""
+
+    step: int
+    branch: Branch
+    layer: int
+    kind: str = "joint"
+    turn: int = 0
+
+
+Value = NDArray[np.float32] | dict[str, NDArray[np.float32]]
+
+
+@dataclass(eq=False)
+class Readout(Handler):
+    """A handler that only looks. After a run `values[at]` is what `reduce` made of each call, as numpy float32 on the
+    CPU (integers and truth values as they are).
+
+    Readouts see the conditional branches if `where` does not choose branches itself: the unconditional half of
+    guidance shows another prompt. With `stage=Stage.BEFORE` they see the model's own tensors instead of the edited.
+    """
+
+    where: Where = field(default_factory=Where)
+    stage: Stage = Stage.USED
+    needs_lse = True
+
+    def __post_init__(self) -> None:
+        if self.where.branches is None:
+            self.where = replace(self.where, branches=CONDITIONAL)
+        self.begin((), 0, 0)
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
+        """Forget the last run."""
+        self.values: dict[At, Any] = {}
+
+    @abstractmethod
+    def reduce(self, entry: Entry) -> Tensor | Mapping[str, Tensor] | None:
+        """The values of one entry, on its device; None if it has none."""
+
+    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
+        """Reduce each entry of `rows` and keep the result."""
+        site, heads = call.site, self.where.head_list(call.q.shape[1])
+        for row in rows:
+            made = self.reduce(call.entry(row, heads))
+            if made is not None:
+                self.values[At(site.step, call.branches[row], site.layer, site.kind, site.turn)] = _kept(made)
+
+    def at(self, **asked: Any) -> list[At]:
+        """Where there are values, by any fields of At: `at(layer=3, step=0)`; in the order they were seen."""
+        return [at for at in self.values if all(getattr(at, name) == value for name, value in asked.items())]
+
+
+def _kept(made: Tensor | Mapping[str, Tensor]) -> Any:
+    if isinstance(made, Mapping):
+        return {name: _kept(value) for name, value in made.items()}
+    return (made.float() if made.is_floating_point() else made).detach().to("cpu", copy=True).numpy()
+
+
+def group_means(values: Tensor, groups: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Means of values [H, N, ...] over the rows of each named group (bool [N]), [H, groups, ...]; NaN for an empty
+    one.
+    """
+    return torch.stack([values[:, groups[name]].mean(1) for name in names], 1)
