@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from probe import film
 from probe.errors import UsageError
-from probe.layout import TokenLayout
+from probe.models.family import asked
+from probe.models.registry import family_of
 from probe.provenance import provenance, where_from
-from probe.readout.base import Readout
+from probe.readout.base import At, Readout
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
-from probe.site import Branch, Span, Where
+from probe.site import JOINT, Branch, Span, Where
 from probe.store import Run, RunWriter, SegmentRecord
 from probe.tracer import trace
 from probe.word import Prompt
 
-
 class Recorder:
     """Moves what readouts collected for a step into a step file, and forgets it.
 
-    `start_frame(branch)` is the first latent frame of a branch's segment in the long video.
+    A readout says where its values lie in a step file (`Readout.stored`); of every readout the numbers per head
+    (`Readout.metrics`) are kept. `start_frame(branch)` is the first latent frame of a
+    branch's segment in the long video.
     """
 
     def __init__(
@@ -37,50 +41,96 @@ class Recorder:
         start_frame: Callable[[Branch], int] = lambda branch: 0,
     ) -> None:
         self.writer, self.prompts, self.readouts, self.start_frame = writer, prompts, tuple(readouts), start_frame
-        self.maps = next((r for r in readouts if isinstance(r, WordMaps)), None)
-        self.mass = next((r for r in readouts if isinstance(r, RegionMass)), None)
 
-    def write(
-        self, step: int, layout: TokenLayout, attrs: Mapping[str, Any], resume: Mapping[str, Any] | None = None
-    ) -> None:
+    def write(self, step: int, attrs: Mapping[str, Any], resume: Mapping[str, Any] | None = None) -> None:
         """Write `steps/step_<step>.h5`; readouts that recorded nothing in this step leave it without segments."""
         branches = dict.fromkeys(at.branch for readout in self.readouts for at in readout.at(step=step))
-        segments = [self._segment(step, branch, layout) for branch in branches]
+        segments = [self._segment(step, branch) for branch in branches]
         self.writer.write_step(step, {"step": step, **attrs}, segments, resume)
         for readout in self.readouts:
             for at in readout.at(step=step):
                 del readout.values[at]
 
-    def _segment(self, step: int, branch: Branch, layout: TokenLayout) -> SegmentRecord:
-        prompt = self.prompts[branch.nearest]
-        maps, mass = _of(self.maps, step, branch), _of(self.mass, step, branch)
-        layers = tuple(sorted(set(maps) | set(mass)))
-        if maps and mass and set(maps) != set(mass):
-            raise UsageError(
-                "Word maps and region mass must be recorded in the same layers. Got different ones. Use one where."
-            )
-        stacked = {
-            direction: np.stack([maps[layer][direction] for layer in layers])
-            for direction in (self.maps.directions if self.maps and maps else ())
-        }
+    def _segment(self, step: int, branch: Branch) -> SegmentRecord:
+        layout = max((r.layouts[branch] for r in self.readouts if branch in r.layouts), key=lambda seen: seen.text)
+        seen = {readout: _of(readout, step, branch) for readout in self.readouts}
+        stacked = {readout: found for readout, found in seen.items() if found and readout.stored != "qk"}
+        layers = _common(stacked)
         return SegmentRecord(
             segment=branch.segment,
             role=branch.role,
-            attrs={**asdict(branch), "start_frame": self.start_frame(branch), "grid": list(layout.grid.shape)},
-            tokens=_tokens(prompt),
-            words=self.maps.words_of[branch] if self.maps and maps else (),
-            layers=layers,
-            mass=np.stack([mass[layer] for layer in layers]) if mass else None,
-            maps=stacked,
-            heads="each" if self.maps and self.maps.per_head else "mean",
-            word_frames=stacked["vt"].mean((-1, -2)) if "vt" in stacked else None,
+            attrs={
+                **asdict(branch),
+                "start_frame": self.start_frame(branch),
+                "grid": list(layout.grid.shape),
+                "order": layout.order,
+            },
+            tokens=_tokens(self.prompts[branch.nearest].first(layout.text)),
+            layers=tuple(layers),
+            kinds=tuple(layers.values()),
+            metrics=_metrics(stacked, layers),
+            metric_info={name: text for readout in stacked for name, text in readout.definitions.items()},
+            qk=_kept(seen),
+            **_maps(stacked, branch, layers),
+            **{
+                readout.stored: np.stack([readout.table(found[layer][1]) for layer in layers])
+                for readout, found in stacked.items()
+                if readout.stored in ("mass", "frames", "columns", "token_mass")
+            },
         )
 
 
-def _of(readout: Readout | None, step: int, branch: Branch) -> dict[int, Any]:
+Found = Mapping[int, tuple[At, Any]]
+
+
+def _of(readout: Readout, step: int, branch: Branch) -> Found:
     """What a readout collected for one step and branch, by layer; of several evaluations in a step, the first."""
-    seen = readout.at(step=step, branch=branch) if readout else []
-    return {at.layer: readout.values[at] for at in reversed(seen)} if readout else {}
+    return {at.layer: (at, readout.values[at]) for at in reversed(readout.at(step=step, branch=branch))}
+
+
+def _common(stacked: Mapping[Readout, Found]) -> dict[int, str]:
+    """The recorded layers and their kinds of attention, in order.
+
+    Raises:
+        UsageError: readouts that share a file look at different layers.
+    """
+    if len({frozenset(found) for found in stacked.values()}) > 1:
+        raise UsageError(
+            "Readouts of one run must be recorded in the same layers. Got different ones: "
+            f"{', '.join(str(readout) for readout in stacked)}. Give them one where."
+        )
+    found = next(iter(stacked.values()), {})
+    return {layer: found[layer][0].kind for layer in sorted(found)}
+
+
+def _metrics(stacked: Mapping[Readout, Found], layers: Iterable[int]) -> dict[str, NDArray[np.float32]]:
+    """Numbers per layer and head [L, H] by name."""
+    tables: dict[str, list[NDArray[np.float32]]] = {}
+    for readout, found in stacked.items():
+        for layer in layers:
+            for name, heads in readout.metrics(found[layer][1]).items():
+                tables.setdefault(name, []).append(heads)
+    return {name: np.stack(rows) for name, rows in tables.items()}
+
+
+def _kept(seen: Mapping[Readout, Found]) -> dict[int, tuple[Any, Any]]:
+    """Kept query and key by layer."""
+    kept = (found for readout, found in seen.items() if readout.stored == "qk")
+    return {layer: (value["q"], value["k"]) for found in kept for layer, (_, value) in found.items()}
+
+
+def _maps(stacked: Mapping[Readout, Found], branch: Branch, layers: Iterable[int]) -> dict[str, Any]:
+    """Word maps by direction, their words, and what each frame gives to each word."""
+    for readout, found in stacked.items():
+        if isinstance(readout, WordMaps):
+            maps = {d: np.stack([found[layer][1][d] for layer in layers]) for d in readout.directions}
+            return {
+                "words": readout.words_of[branch],
+                "maps": maps,
+                "heads": "each" if readout.per_head else "mean",
+                "word_frames": maps["vt"].mean((-1, -2)) if "vt" in maps else None,
+            }
+    return {"words": ()}
 
 
 def _tokens(prompt: Prompt) -> dict[str, Any]:
@@ -98,46 +148,56 @@ def record(
     words: str | Sequence[str] = (),
     out: str | Path = "runs/record",
     *,
+    readouts: Sequence[Readout] = (),
     layers: Span = None,
     steps: Span = None,
     per_head: bool = False,
     seed: int = 0,
     fps: int = 8,
     force: bool = False,
+    recipe: str | None = None,
+    quiet: bool = True,
     **call: Any,
 ) -> Run:
-    """Generate `prompt` through the stock pipeline and keep its video, word maps, region masses and provenance in
-    folder `out`.
+    """Generate `prompt` through the stock pipeline of any family and keep its video or picture, word maps, region
+    masses and provenance in folder `out`.
 
-    `words` defaults to every word of the prompt; `layers` and `steps` select what is kept. `call` goes to the pipeline
-    (num_inference_steps, guidance_scale, ...). The video is bit-identical to the same call without recording.
+    `words` defaults to every word of the prompt; `layers` and `steps` select what is kept; `readouts` are recorded as
+    well. `call` goes to the pipeline (num_inference_steps, guidance_scale, height, ...). The output is bit-identical to
+    the same call without recording. `recipe` is the text kept as recipe.yaml.
 
     Raises:
         WordError: a word is not in the prompt.
+        PlanError: a readout needs a kind of attention this model does not have.
         StoreError: the folder is taken (see `force`) or cannot be written.
     """
     _refuse_own(call, fps)
     words = (words,) if isinstance(words, str) else words
     where = Where(steps=steps, layers=layers)
-    maps, mass = WordMaps(*words, where=where, per_head=per_head), RegionMass(where=where)
-    traced = trace(pipe, maps, mass)
+    both = family_of(pipe.transformer).kinds & JOINT
+    maps = WordMaps(*words, where=where, per_head=per_head, directions=("vt", "tv") if both else ("vt",))
+    looks = (maps, RegionMass(where=where), *readouts)
+    traced = trace(pipe, *looks)
     prompts = traced.tokenize([prompt], **call)
-    count = int(call.get("num_inference_steps", getattr(pipe, "defaults", {}).get("num_inference_steps", 50)))
+    count = int(asked(pipe, call, "num_inference_steps"))
     traced.plan(count, prompts)  # refuses first
     info = {**provenance(pipe), "prompts": [prompt], "seed": seed, "call": {k: repr(v) for k, v in call.items()}}
-    with RunWriter.create(out, info, f"# probe.record({prompt!r})\n", force) as writer:
-        recorder = Recorder(writer, prompts, (maps, mass))
+    source = where_from(info)
+    with (
+        RunWriter.create(out, info, recipe or f"# probe.record({prompt!r})\n", force) as writer,
+        tqdm(total=count, unit="step", disable=quiet) as bar,
+    ):
+        recorder = Recorder(writer, prompts, looks)
         generator = torch.Generator().manual_seed(seed)
 
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            assert traced.layout is not None
             resume = {"latents": tensors["latents"].float().cpu().numpy(), "generator": generator.get_state().numpy()}
-            recorder.write(step, traced.layout, {"timestep": int(timestep), **where_from(info)}, resume)
+            recorder.write(step, {"timestep": float(timestep), **source}, resume)
+            bar.update()
             return tensors
 
         given = {"generator": generator, "callback_on_step_end": on_step, "output_type": "np"} | call
-        frames = (traced(prompt=prompt, **given).frames[0] * 255).round().astype(np.uint8)
-        finish_video(writer.folder, frames, fps, prompt)
+        finish_video(writer.folder, _pixels(traced(prompt=prompt, **given)), fps, prompt)
     return Run(writer.folder)
 
 
@@ -156,10 +216,15 @@ def _refuse_own(call: Mapping[str, Any], fps: int) -> None:
         raise UsageError(f"fps must be at least 1. Got {fps}. Take 8.")
 
 
+def _pixels(output: Any) -> film.Frames:
+    """Frames uint8 [F, height, width, 3] of a pipeline's output; a picture is one frame."""
+    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+    return (np.asarray(frames) * 255).round().astype(np.uint8)
+
+
 def finish_video(folder: Path, frames: film.Frames, fps: int, title: str) -> None:
     """video.mp4, video.gif and contact.png of a finished run."""
     film.save_video(folder, frames, fps)
     pictures, notes = film.pick(frames, 9)
-    film.contact_sheet(
-        folder / "contact.png", title, [film.Row(f"{len(frames)} frames, {fps} per second", pictures, notes)]
-    )
+    said = f"{len(frames)} frames, {fps} per second" if len(frames) > 1 else "one picture"
+    film.contact_sheet(folder / "contact.png", title, [film.Row(said, pictures, notes)])

@@ -146,13 +146,12 @@ def _carry_out(loaded: _Loaded, writer: RunWriter, state: State, quiet: bool) ->
 
 
 def _on_step(loaded: _Loaded, recorder: Recorder, bar: Any) -> Callable[[State], None]:
-    loop, traced, source = loaded.loop, loaded.traced, where_from(loaded.info)
+    loop, source = loaded.loop, where_from(loaded.info)
 
     def write(state: State) -> None:
         step = state.step - 1
-        assert traced.layout is not None
         attrs = {"timestep": loop.timesteps[step], "sigma": loop.sigma(step), **source}
-        recorder.write(step, traced.layout, attrs, resume.kept_of(state, loop.timesteps[step]))
+        recorder.write(step, attrs, resume.kept_of(state, loop.timesteps[step]))
         bar.update()
 
     return write

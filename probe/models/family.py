@@ -97,15 +97,20 @@ class Family:
     def encoders(self, pipe: Any, call: Mapping[str, Any]) -> list[Encoder]:
         """The text encoders of a pipeline call, for `probe.word.tokenize`."""
         return [
-            Encoder(getattr(pipe, text.tokenizer, None), text.length or _asked(pipe, call), text.template, text.crop)
+            Encoder(
+                getattr(pipe, text.tokenizer, None),
+                text.length or asked(pipe, call, "max_sequence_length"),
+                text.template,
+                text.crop,
+            )
             for text in self.text
         ]
 
 
-def _asked(pipe: Any, call: Mapping[str, Any]) -> int:
-    """`max_sequence_length` as this call gives it, or its default."""
+def asked(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
+    """An argument of a pipeline's call as it is given, or its default."""
     given = {**getattr(pipe, "defaults", {}), **call}
-    if "max_sequence_length" in given:
-        return given["max_sequence_length"]
+    if name in given:
+        return given[name]
     stock = next(base for base in type(pipe).__mro__ if "defaults" not in vars(base))
-    return inspect.signature(stock.__call__).parameters["max_sequence_length"].default
+    return inspect.signature(stock.__call__).parameters[name].default

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probe.call import AttentionCall
 from probe.entry import Entry
+from probe.layout import TokenLayout
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where, Which
 from probe.word import Prompt
@@ -37,15 +38,19 @@ Value = NDArray[np.float32] | dict[str, NDArray[np.float32]]
 @dataclass(eq=False)
 class Readout(Handler):
     """A handler that only looks. After a run `values[at]` is what `reduce` made of each call, as numpy float32 on the
-    CPU (integers and truth values as they are).
+    CPU (integers and truth values as they are); `layouts[branch]` are the columns it saw.
 
     Readouts see the conditional branches if `where` does not choose branches itself: the unconditional half of
     guidance shows another prompt. With `stage=Stage.BEFORE` they see the model's own tensors instead of the edited.
+
+    `stored` names the place of the values in a step file: maps, mass, frames, columns, token_mass, qk, or none.
     """
 
     where: Where = field(default_factory=Where)
     stage: Stage = Stage.USED
     needs_lse = True
+    stored: ClassVar[str] = ""
+    definitions: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         if self.where.branches is None:
@@ -55,6 +60,7 @@ class Readout(Handler):
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
         """Forget the last run."""
         self.values: dict[At, Any] = {}
+        self.layouts: dict[Branch, TokenLayout] = {}
 
     @abstractmethod
     def reduce(self, entry: Entry) -> Tensor | Mapping[str, Tensor] | None:
@@ -64,9 +70,19 @@ class Readout(Handler):
         """Reduce each entry of `rows` and keep the result."""
         site, heads = call.site, self.where.head_list(call.q.shape[1])
         for row in rows:
-            made = self.reduce(call.entry(row, heads))
+            entry = call.entry(row, heads)
+            made = self.reduce(entry)
             if made is not None:
+                self.layouts[entry.branch] = entry.columns
                 self.values[At(site.step, call.branches[row], site.layer, site.kind, site.turn)] = _kept(made)
+
+    def metrics(self, value: Any) -> dict[str, NDArray[np.float32]]:
+        """Numbers per head [H] that sum up a value, by name; `definitions` says what each is."""
+        return {}
+
+    def table(self, value: Any) -> NDArray[np.float32]:
+        """The part of a value that is stored."""
+        return value
 
     def at(self, **asked: Any) -> list[At]:
         """Where there are values, by any fields of At: `at(layer=3, step=0)`; in the order they were seen."""

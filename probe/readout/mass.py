@@ -33,6 +33,7 @@ class RegionMass(Readout):
 
     kinds = JOINT | {"cross"}
     in_parts = True
+    stored = "mass"
 
     def __str__(self) -> str:
         return "RegionMass"

@@ -44,6 +44,8 @@ class WordMaps(Readout):
     `words_of[branch]`. Relative error 5e-6 in float32, 2e-2 in half precision.
     """
 
+    stored = "maps"
+
     def __init__(
         self,
         *words: str,
