@@ -82,8 +82,9 @@ def merge(*states: State) -> State:
     lses = torch.stack([state.lse for state in states])
     total = torch.logsumexp(lses, 0)
     weights = torch.where(torch.isneginf(total), torch.zeros_like(lses), torch.exp(lses - total))
-    out = sum(w.unsqueeze(-1).to(acc) * state.out.to(acc) for w, state in zip(weights, states, strict=True))
-    assert isinstance(out, Tensor)
+    out = torch.zeros_like(states[0].out, dtype=acc)
+    for weight, state in zip(weights, states, strict=True):
+        out.addcmul_(state.out.to(acc), weight.unsqueeze(-1).to(acc))
     return State(out.to(states[0].out.dtype), total)
 
 

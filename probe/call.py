@@ -14,6 +14,9 @@ from probe.layout import TokenLayout
 from probe.site import SPLIT, Branch, Site
 from probe.word import Prompt
 
+_PART_BYTES = 2**28
+"""Most memory that the outputs of parts take at once."""
+
 
 @dataclass
 class AttentionCall:
@@ -96,25 +99,39 @@ class AttentionCall:
 
     def run_in_parts(self) -> None:
         """Compute the attention as one part per frame and text: the output, the lse and the mass of every part at
-        once, equal to the plain output up to rounding. A masked call is left alone.
+        once, equal to the plain output up to rounding.
+
+        Where all entries of a masked call may see the same first keys, these alone are the columns; another masked
+        call is left alone. Some heads at a time, so that memory stays bounded.
         """
-        if self.mask is not None or len(self.columns.parts()) < 2:
+        if self.mask is not None and (self.visible is not None and len(set(self.visible)) > 1):
             return
-        states = [
-            attend.partial(self.q, self.k[..., part, :], self.v[..., part, :], self.scale)
-            for part in self.columns.parts()
-        ]
-        self.out, self._lse = attend.merge(*states)
-        self._shares = torch.stack([attend.mass(state, self._lse) for state in states], -1)
+        parts = self._seen(0)[1].parts()
+        if len(parts) < 2:
+            return
+        heads = max(1, _PART_BYTES // (4 * len(parts) * self.q[:, 0].numel()))
+        made = [self._in_parts(parts, slice(at, at + heads)) for at in range(0, self.q.shape[1], heads)]
+        self.out, self._lse, self._shares = (torch.cat(side, 1) for side in zip(*made, strict=True))
+
+    def _in_parts(self, parts: tuple[slice, ...], heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, lse and shares [B, h, N, parts] of some heads."""
+        q, k, v = self.q[:, heads], self.k[:, heads], self.v[:, heads]
+        states = [attend.partial(q, k[..., part, :], v[..., part, :], self.scale) for part in parts]
+        out, lse = attend.merge(*states)
+        return out, lse, torch.stack([attend.mass(state, lse) for state in states], -1)
+
+    def _seen(self, row: int) -> tuple[TokenLayout, TokenLayout]:
+        """Rows and columns of a batch entry without the text that is hidden at the end."""
+        rows, columns = self.rows, self.columns
+        hidden = 0 if self.visible is None else columns.total - self.visible[row]
+        rows, columns = (side.with_text(side.text - hidden) if side.text else side for side in (rows, columns))
+        return rows, columns
 
     def _entry(self, row: int, heads: tuple[int, ...]) -> Entry:
         every = len(heads) == self.q.shape[1]
         pick = slice(None) if every else list(heads)
-        rows, columns = self.rows, self.columns
-        seen = columns.total if self.visible is None else self.visible[row]
-        if seen < columns.total:  # the text that is hidden stands at the end
-            rows, columns = (side.with_text(side.text - columns.total + seen) for side in (rows, columns))
-        q, k, v = self.q[row, pick], self.k[row, pick][:, :seen], self.v[row, pick][:, :seen]
+        rows, columns = self._seen(row)
+        q, k, v = self.q[row, pick], self.k[row, pick][:, : columns.total], self.v[row, pick][:, : columns.total]
         return Entry(
             site=self.site,
             branch=self.branches[row],
@@ -127,5 +144,5 @@ class AttentionCall:
             prompts=self.prompts,
             heads=heads,
             given_lse=self.lse()[row, pick][:, : rows.total],
-            given_shares=None if self._shares is None else self._shares[row, pick],
+            given_shares=None if self._shares is None else self._shares[row, pick][:, : rows.total],
         )

@@ -6,7 +6,7 @@ Shapes: q [H, N, D]; k, v [H, M, D]; a reduction over keys gives [H, N, ...], on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -38,7 +38,7 @@ class Entry:
     columns: TokenLayout
     prompts: tuple[Prompt, ...]
     heads: tuple[int, ...]
-    given_lse: Tensor
+    given_lse: Tensor | None = None
     given_shares: Tensor | None = None
 
     @property
@@ -49,7 +49,7 @@ class Entry:
     @property
     def lse(self) -> Tensor:
         """Row log-normaliser, natural log [H, N], float32 (float64 for float64)."""
-        return self.given_lse
+        return self._deviation.lse if self.given_lse is None else self.given_lse
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -96,8 +96,19 @@ class Entry:
 
     @cached_property
     def mean_key(self) -> Tensor:
-        """Expected key of each row, sum_j p_ij k_j, [H, N, D]: one attention with K in place of V."""
-        return self.attend(self.k)
+        """Expected key of each row, sum_j p_ij k_j, [H, N, D], in the dtype of `lse`: one attention with K in place of
+        V. The plain mean of the keys stays out of that attention, so that half precision rounds deviations only.
+        """
+        return self._centre + self._deviation.out
+
+    @cached_property
+    def within_video(self) -> Entry:
+        """The same rows on the video keys alone: all its probabilities are conditional on the video."""
+        if not self.columns.text:
+            return self
+        video = self.columns.video_slice
+        inside = {"k": self.k[:, video], "v": self.v[:, video], "columns": self.columns.with_text(0)}
+        return replace(self, **inside, given_lse=None, given_shares=None)
 
     def attend(self, values: Tensor) -> Tensor:
         """Expected value of each row, sum_j p_ij values_j, [H, N, D]; values [H, M, D]."""
@@ -118,6 +129,17 @@ class Entry:
         """
         q, k, v = self.q[:, rows], self.k[:, columns], self.v[:, columns]
         return attend.partial(q[None], k[None], v[None], self.scale * sharpness).lse[0]
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        return self.k.to(attend.exact_dtype(self.k.dtype)).mean(1, keepdim=True)
+
+    @cached_property
+    def _deviation(self) -> attend.State:
+        """lse [H, N], and the deviation of the expected key from the mean key [H, N, D]."""
+        values = (self.k - self._centre).to(self.k.dtype)
+        out, lse = attend.partial(self.q[None], self.k[None], values[None], self.scale)
+        return attend.State(out[0], lse[0])
 
     def _kinds(self, side: TokenLayout) -> dict[str, Tensor]:
         video = torch.from_numpy(region.video().mask(side)).to(self.q.device)

@@ -25,6 +25,7 @@ from probe.store import Run, RunWriter, SegmentRecord
 from probe.tracer import trace
 from probe.word import Prompt
 
+
 class Recorder:
     """Moves what readouts collected for a step into a step file, and forgets it.
 
@@ -68,8 +69,8 @@ class Recorder:
             tokens=_tokens(self.prompts[branch.nearest].first(layout.text)),
             layers=tuple(layers),
             kinds=tuple(layers.values()),
-            metrics=_metrics(stacked, layers),
-            metric_info={name: text for readout in stacked for name, text in readout.definitions.items()},
+            metrics=(metrics := _metrics(stacked, layers)),
+            metric_info={n: text for readout in stacked for n, text in readout.definitions.items() if n in metrics},
             qk=_kept(seen),
             **_maps(stacked, branch, layers),
             **{
@@ -104,13 +105,12 @@ def _common(stacked: Mapping[Readout, Found]) -> dict[int, str]:
 
 
 def _metrics(stacked: Mapping[Readout, Found], layers: Iterable[int]) -> dict[str, NDArray[np.float32]]:
-    """Numbers per layer and head [L, H] by name."""
-    tables: dict[str, list[NDArray[np.float32]]] = {}
+    """Numbers per layer and head [L, H] by name; readouts that share a name measure the same."""
+    tables: dict[str, NDArray[np.float32]] = {}
     for readout, found in stacked.items():
-        for layer in layers:
-            for name, heads in readout.metrics(found[layer][1]).items():
-                tables.setdefault(name, []).append(heads)
-    return {name: np.stack(rows) for name, rows in tables.items()}
+        rows = [readout.metrics(found[layer][1]) for layer in layers]
+        tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | tables
+    return tables
 
 
 def _kept(seen: Mapping[Readout, Found]) -> dict[int, tuple[Any, Any]]:
@@ -155,8 +155,6 @@ def record(
     seed: int = 0,
     fps: int = 8,
     force: bool = False,
-    recipe: str | None = None,
-    quiet: bool = True,
     **call: Any,
 ) -> Run:
     """Generate `prompt` through the stock pipeline of any family and keep its video or picture, word maps, region
@@ -164,20 +162,37 @@ def record(
 
     `words` defaults to every word of the prompt; `layers` and `steps` select what is kept; `readouts` are recorded as
     well. `call` goes to the pipeline (num_inference_steps, guidance_scale, height, ...). The output is bit-identical to
-    the same call without recording. `recipe` is the text kept as recipe.yaml.
+    the same call without recording.
 
     Raises:
         WordError: a word is not in the prompt.
         PlanError: a readout needs a kind of attention this model does not have.
         StoreError: the folder is taken (see `force`) or cannot be written.
     """
-    _refuse_own(call, fps)
     words = (words,) if isinstance(words, str) else words
     where = Where(steps=steps, layers=layers)
     both = family_of(pipe.transformer).kinds & JOINT
     maps = WordMaps(*words, where=where, per_head=per_head, directions=("vt", "tv") if both else ("vt",))
     looks = (maps, RegionMass(where=where), *readouts)
-    traced = trace(pipe, *looks)
+    return generate(pipe, prompt, looks, out, seed=seed, fps=fps, force=force, call=call)
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    readouts: Sequence[Readout],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    fps: int = 8,
+    force: bool = False,
+    recipe: str | None = None,
+    quiet: bool = True,
+    call: Mapping[str, Any],
+) -> Run:
+    """`record` with readouts of one's own; `recipe` is the text kept as recipe.yaml."""
+    _refuse_own(call, fps)
+    traced = trace(pipe, *readouts)
     prompts = traced.tokenize([prompt], **call)
     count = int(asked(pipe, call, "num_inference_steps"))
     traced.plan(count, prompts)  # refuses first
@@ -187,7 +202,7 @@ def record(
         RunWriter.create(out, info, recipe or f"# probe.record({prompt!r})\n", force) as writer,
         tqdm(total=count, unit="step", disable=quiet) as bar,
     ):
-        recorder = Recorder(writer, prompts, looks)
+        recorder = Recorder(writer, prompts, readouts)
         generator = torch.Generator().manual_seed(seed)
 
         def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def record(
             bar.update()
             return tensors
 
-        given = {"generator": generator, "callback_on_step_end": on_step, "output_type": "np"} | call
+        given = {"generator": generator, "callback_on_step_end": on_step, "output_type": "np"} | dict(call)
         finish_video(writer.folder, _pixels(traced(prompt=prompt, **given)), fps, prompt)
     return Run(writer.folder)
 

@@ -36,7 +36,8 @@ class WordMaps(Readout):
     Where text and video attend apart (Wan) there are no text rows: `vt` is over the text keys alone and equals
     `vt_text`, and `tv` is refused.
 
-    `per_head` keeps heads apart, else their mean is kept. Conditional branches only; the unconditional half shows
+    Without `words` every word of a prompt is mapped, or its first `most`. `per_head` keeps heads apart, else their mean
+    is kept. Conditional branches only; the unconditional half shows
     another prompt. A branch shows the words of its prompt (of the nearer one when interpolated); words it does not have
     are left out.
 
@@ -52,9 +53,11 @@ class WordMaps(Readout):
         where: Where | None = None,
         directions: Sequence[Direction] = ("vt", "tv"),
         per_head: bool = False,
+        most: int | None = None,
         stage: Stage = Stage.USED,
     ) -> None:
         self.words, self.directions, self.per_head = tuple(dict.fromkeys(words)), tuple(directions), per_head
+        self.most = most
         unknown = sorted(set(directions) - set(get_args(Direction)))
         if unknown or not directions:
             raise UsageError(
@@ -74,7 +77,7 @@ class WordMaps(Readout):
         """
         super().begin(prompts, steps, layers)
         self.words_of: dict[Branch, tuple[str, ...]] = {}
-        self._count = max([len(self.words), *(len(_words_of(self.words, prompt)) for prompt in prompts)])
+        self._count = max([len(self.words), *(len(self._words_of(prompt)) for prompt in prompts)])
         for word in self.words if prompts else ():
             if not any(prompt.has(word) for prompt in prompts):
                 spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
@@ -82,7 +85,7 @@ class WordMaps(Readout):
 
     def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
         """direction -> [heads or 1, words, F, Y, X]."""
-        words = _words_of(self.words, entry.prompt)
+        words = self._words_of(entry.prompt)
         if not words:
             return None
         self.words_of[entry.branch] = words
@@ -102,6 +105,14 @@ class WordMaps(Readout):
         (at, *_) = self.at(step=step, layer=layer, branch=branch)
         return self.values[at][direction][:, index].mean(0)
 
+    def _words_of(self, prompt: Prompt) -> tuple[str, ...]:
+        """The asked words that a prompt has; every word, each once whatever its case, when none is asked for."""
+        every: dict[str, str] = {}
+        for word in prompt.words:
+            every.setdefault(word.casefold(), word)
+        has = [word for word in self.words or every.values() if prompt.has(word)]
+        return tuple(has if self.words else has[: self.most])
+
     def _map(self, entry: Entry, tokens: list[tuple[int, ...]], direction: str) -> Tensor:
         if direction == "mean":
             lift = (_lift(entry, tokens, "vt") + _lift(entry, tokens, "tv")) / 2
@@ -109,14 +120,6 @@ class WordMaps(Readout):
             lift = _lift(entry, tokens, direction)
         lift = lift if self.per_head else lift.mean(0, keepdim=True)
         return lift.unflatten(-1, entry.rows.grid.shape)
-
-
-def _words_of(asked: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
-    """The asked words that a prompt has; every word, each once whatever its case, when none is asked for."""
-    every: dict[str, str] = {}
-    for word in prompt.words:
-        every.setdefault(word.casefold(), word)
-    return tuple(word for word in asked or every.values() if prompt.has(word))
 
 
 def _lift(entry: Entry, tokens: list[tuple[int, ...]], direction: str) -> Tensor:
