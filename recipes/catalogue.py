@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ditctrl import sharing
 from probe.plan import Handler, Plan
 from probe.readout.base import Readout
-from probe.readout.mass import RegionMass
+from probe.readout.keep import KeepQK
 from probe.readout.word import WordMaps
 from probe.site import chosen
+from probe.store_size import Selection, predicted_bytes
 from probe.word import words_of
+from recipes import looks
 from recipes.job import Job
 
 
 def readouts(job: Job) -> tuple[Readout, ...]:
     """The readouts a recipe asks for."""
-    record, where = job.recipe.record, job.record_where()
+    record, size = job.recipe.record, job.size
     if record is None:
         return ()
-    maps = WordMaps(*record.words, where=where, directions=record.directions, per_head=record.heads == "each")
-    return (maps, RegionMass(where=where)) if record.mass else (maps,)
+    return looks.readouts(record, job.record_where(), job.steps, size.layers, size.family.kinds)
 
 
 def edits(job: Job) -> list[Handler]:
@@ -32,9 +34,9 @@ def edits(job: Job) -> list[Handler]:
 
 def predicted(job: Job) -> dict[str, Any]:
     """Sizes and cost before anything runs: what `--dry-run` prints."""
-    looks = [_counted(job, readout) for readout in readouts(job)]
-    maps = next((readout for readout in looks if isinstance(readout, WordMaps)), None)
-    extra = Plan([*edits(job), *looks], job.steps, job.size.layers).cost(job.size.layout)
+    counted = [_counted(job, readout) for readout in readouts(job)]
+    size = job.size
+    extra = Plan([*edits(job), *counted], job.steps, size.layers, kinds=size.family.kinds).cost(size.layout)
     return {
         "model": job.recipe.model,
         **job.resolved(),
@@ -45,8 +47,7 @@ def predicted(job: Job) -> dict[str, Any]:
         "clip forwards": sum(clip_forwards(job)),
         "clip forwards of the pair loop": 4 * (job.segments.count - 1) * job.steps if job.segments else None,
         "extra attention for readouts": f"{extra:.1%}",
-        "recorded maps, at most": f"{_map_bytes(job, maps) / 1e6:.1f} MB",
-        "states to resume from": f"{_state_bytes(job) / 1e6:.1f} MB",
+        "run folder without the video, at most": f"{predicted_bytes(_selection(job, counted)) / 1e6:.1f} MB",
     }
 
 
@@ -54,7 +55,7 @@ def _counted(job: Job, readout: Readout) -> Readout:
     """Word maps of every word: no tokenizer yet, so the longest prompt counts."""
     if not isinstance(readout, WordMaps) or readout.words:
         return readout
-    widest = max((tuple(dict.fromkeys(words_of(text))) for text in job.recipe.prompts), key=len)
+    widest = max((tuple(dict.fromkeys(words_of(text)))[: readout.most] for text in job.recipe.prompts), key=len)
     return WordMaps(*widest, where=readout.where, directions=readout.directions, per_head=readout.per_head)
 
 
@@ -65,18 +66,40 @@ def clip_forwards(job: Job) -> list[int]:
     return sharing.clip_forwards(job.segments, job.window, job.steps)
 
 
-def _map_bytes(job: Job, maps: WordMaps | None) -> float:
-    if maps is None:
-        return 0.0
-    where = job.record_where()
-    heads = job.size.heads if maps.per_head else 1
-    steps, layers = chosen(where.steps, job.steps), chosen(where.layers, job.size.layers)
+def _selection(job: Job, counted: Sequence[Readout]) -> Selection:
+    """What the run keeps, for the prediction of its size."""
+    size, where, record = job.size, job.record_where(), job.recipe.record
+    steps = chosen(where.steps, job.steps)
+    maps = next((readout for readout in counted if isinstance(readout, WordMaps)), None)
+    kept = {readout.stored for readout in counted}
+    sites = next((len(readout.sites) for readout in counted if isinstance(readout, KeepQK)), 0)
     halves = 2 if job.guidance > 1 else 1
     clips = sum(rows // halves for step, rows in enumerate(clip_forwards(job)) if step in steps)
-    return clips * len(layers) * heads * len(maps.words) * len(maps.directions) * job.size.layout.grid.size
+    return Selection(
+        steps=len(steps) if record else 0,
+        layers=len(chosen(where.layers, size.layers)),
+        heads=size.heads,
+        grid=size.layout.grid.shape,
+        text=size.layout.text,
+        words=len(maps.words) if maps else 0,
+        map_heads=size.heads if maps and maps.per_head else 1,
+        directions=len(maps.directions) if maps else 0,
+        mass="mass" in kept,
+        word_frames=maps is not None,
+        frames="frames" in kept,
+        columns="columns" in kept,
+        token_mass="token_mass" in kept,
+        metrics=sum(len(readout.definitions) for readout in counted),
+        qk=sites,
+        width=size.width,
+        state=_state(job),
+        segments=clips / len(steps) if steps else 0,
+    )
 
 
-def _state_bytes(job: Job) -> int:
-    """Latents of every step in float32, and x0 as well where the sampler remembers it."""
+def _state(job: Job) -> int:
+    """Values of the state to resume from: latents, and x0 as well where the sampler remembers it."""
+    if job.size.clip is None:
+        return job.size.layout.grid.size
     copies = 2 if job.recipe.sampler.scheduler == "dpm" else 1
-    return copies * 4 * job.steps * job.frames * job.size.latent_values
+    return copies * job.frames * job.size.clip.latent_values

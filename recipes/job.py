@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,26 +12,35 @@ from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe.errors import ModelError, UsageError
 from probe.layout import TokenLayout
-from probe.models.cogvideox import COGVIDEOX, clip_frames, layout_of
+from probe.models.cogvideox import COGVIDEOX, clip_frames
+from probe.models.family import Family
 from probe.models.load import card, locate
+from probe.models.registry import family_named
 from probe.site import Where
 from recipes.recipe import Auto, Recipe
 
-COGVIDEOX_STEPS, COGVIDEOX_GUIDANCE = 50, 6.0
+
+@dataclass(frozen=True)
+class Clip:
+    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame."""
+
+    frames: int
+    compression: int
+    latent_values: int
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the configuration of a model says: layers, heads, the joint sequence of one clip, latent frames of a
-    clip, values of one latent frame.
+    """What the configuration of a model says: its family, layers, heads and their width, the sequence of one clip or
+    picture. `clip` is None for a family that runs through its stock pipeline.
     """
 
+    family: Family
     layers: int
     heads: int
+    width: int
     layout: TokenLayout
-    clip_frames: int
-    compression: int
-    latent_values: int
+    clip: Clip | None
 
 
 @dataclass(frozen=True)
@@ -45,13 +56,14 @@ class Job:
 
     @property
     def frames(self) -> int:
-        """Latent frames of the video."""
-        return self.segments.frames if self.segments else self.size.clip_frames
+        """Latent frames of the video; token frames where the stock pipeline makes it."""
+        clip = self.size.clip
+        return self.segments.frames if self.segments else clip.frames if clip else self.size.layout.grid.frames
 
     @property
-    def pixel_frames(self) -> int:
-        """Frames of the video."""
-        return self.size.compression * (self.frames - 1) + 1
+    def pixel_frames(self) -> int | None:
+        """Frames of the video; None where the stock pipeline makes it."""
+        return self.size.clip.compression * (self.frames - 1) + 1 if self.size.clip else None
 
     def scale(self, timestep: int) -> float:
         """The guidance scale at a training timestep."""
@@ -85,20 +97,57 @@ def prepare(recipe: Recipe) -> Job:
 
     Raises:
         ModelError: the model is not there or of an unknown family.
-        UsageError: numbers that do not fit it: overlap, windows.
+        UsageError: numbers that do not fit it (overlap, windows), or more than its stock pipeline can do.
     """
     place = locate(recipe.model)
-    size, defaults = _size(place), card(place)
-    steps = _number(recipe.sampler.steps, defaults.get("num_inference_steps", COGVIDEOX_STEPS))
-    guidance = _number(recipe.sampler.guidance, defaults.get("guidance_scale", COGVIDEOX_GUIDANCE))
-    segments = None
-    if recipe.segments is not None:
-        overlap = None if recipe.segments.overlap == "auto" else recipe.segments.overlap
-        segments = Segments.scaled(len(recipe.prompts), size.clip_frames, recipe.segments.transitions, overlap)
-    job = Job(recipe, size, int(steps), float(guidance), segments, _window(recipe, int(steps), size))
-    refuse_steps(job.steps)
+    config = _config(place)
+    family = family_named(config.get("_class_name", "no class name"))
+    defaults = _call_defaults(family) | card(place)
+    steps = int(_number(recipe.sampler.steps, defaults["num_inference_steps"]))
+    guidance = float(_number(recipe.sampler.guidance, defaults["guidance_scale"]))
+    size = _size(family, config, defaults | recipe.call)
+    if size.clip is None:
+        _refuse_more_than_stock(recipe, family)
+        job = Job(recipe, size, steps, guidance, None, None)
+    else:
+        _refuse_call(recipe, family)
+        segments = _segments(recipe, size.clip)
+        job = Job(recipe, size, steps, guidance, segments, _window(recipe, steps, size))
+        refuse_steps(job.steps)
     job.record_where()
     return job
+
+
+def _segments(recipe: Recipe, clip: Clip) -> Segments | None:
+    if recipe.segments is None:
+        return None
+    overlap = None if recipe.segments.overlap == "auto" else recipe.segments.overlap
+    return Segments.scaled(len(recipe.prompts), clip.frames, recipe.segments.transitions, overlap)
+
+
+def _refuse_more_than_stock(recipe: Recipe, family: Family) -> None:
+    sampler = recipe.sampler
+    asked = {
+        "segments": recipe.segments is not None,
+        "edits": bool(recipe.edits),
+        f"scheduler {sampler.scheduler}": sampler.scheduler != "model",
+        "dynamic guidance": sampler.dynamic,
+        f"negative {sampler.negative}": sampler.negative != "empty",
+    }
+    more = [name for name, wanted in asked.items() if wanted]
+    if more:
+        raise UsageError(
+            f"A recipe with {', '.join(more)} must have a model with a denoising loop of our own, CogVideoX. Got "
+            f"{family.name}, which runs through its stock pipeline. Leave that out, or name another model."
+        )
+
+
+def _refuse_call(recipe: Recipe, family: Family) -> None:
+    if recipe.call:
+        raise UsageError(
+            f"A recipe must have no call for {family.name}: our own loop runs it. Got {', '.join(recipe.call)}. "
+            "Leave it out."
+        )
 
 
 def half_open(span: range) -> str:
@@ -131,27 +180,41 @@ def _span(bounds: tuple[int, int] | Auto, n: int, name: str, what: str) -> range
     return range(*bounds)
 
 
-def _size(place: str) -> Size:
-    """From the transformer's configuration alone."""
-    from diffusers import CogVideoXTransformer3DModel
+def _config(place: str) -> dict[str, Any]:
+    """The transformer's configuration alone."""
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import ConfigMixin
+
+    class Reader(ModelMixin, ConfigMixin):
+        """Reads the configuration of any model."""
+
+        config_name = "config.json"
 
     try:
-        config: Any = CogVideoXTransformer3DModel.load_config(place, subfolder="transformer")
+        return dict(Reader.load_config(place, subfolder="transformer"))
     except Exception as error:  # diffusers and the hub raise what they like
         cause = " ".join(str(error).split())[:200]
         raise ModelError(
             f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the id or "
             "folder."
         ) from error
-    if config.get("_class_name") != COGVIDEOX.transformer:
-        raise ModelError(
-            f"A recipe's model must be a CogVideoX. Got {config.get('_class_name', 'no class name')} in {place}. "
-            f"Known: {COGVIDEOX.transformer}."
-        )
-    frames = clip_frames(config)
-    refuse_frames(frames, config.get("patch_size_t"))
-    size = frames, config["sample_height"], config["sample_width"]
-    layout = layout_of(config, *size, config["max_text_seq_length"])
-    compression = config.get("temporal_compression_ratio", 4)
-    values = config["in_channels"] * config["sample_height"] * config["sample_width"]
-    return Size(config["num_layers"], config["num_attention_heads"], layout, frames, compression, values)
+
+
+def _call_defaults(family: Family) -> dict[str, Any]:
+    """The arguments of the stock pipeline's call that have a default."""
+    import diffusers
+
+    arguments = inspect.signature(getattr(diffusers, family.pipelines[0]).__call__).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+
+
+def _size(family: Family, config: Mapping[str, Any], call: Mapping[str, Any]) -> Size:
+    clip = None
+    if family is COGVIDEOX:
+        frames = clip_frames(config)
+        refuse_frames(frames, config.get("patch_size_t"))
+        values = config["in_channels"] * config["sample_height"] * config["sample_width"]
+        clip = Clip(frames, config.get("temporal_compression_ratio", 4), values)
+    layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers"))
+    heads, width = config["num_attention_heads"], config["attention_head_dim"]
+    return Size(family, layers, heads, width, family.clip(config, call), clip)

@@ -5,7 +5,7 @@ Every field has a default or is asked for; "auto" means the model's or the metho
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -75,15 +75,27 @@ class Transfer(Part):
     )
 
 
+Look = Literal["frames", "tokens", "entropy", "lse", "columns", "sinks", "sparsity", "locality"]
+Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
 class Record(Part):
     """What is kept of the attention, per step."""
 
-    words: list[Text] = Field(default_factory=list, description="words of the prompts; none means every word")
-    directions: list[Literal["vt", "tv"]] = Field(default=["vt", "tv"], min_length=1)
+    words: list[Text] = Field(
+        default_factory=list, description="words of the prompts; none means every word, of a long prompt the first 16"
+    )
+    directions: list[Literal["vt", "tv"]] = Field(
+        default=["vt", "tv"], min_length=1, description="vt: video looks at the word; tv: back (not in Wan)"
+    )
     layers: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
     steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
     heads: Literal["mean", "each"] = "mean"
     mass: bool = Field(default=True, description="region masses as well")
+    readouts: list[Look] = Field(default_factory=list, description="further readouts, each once")
+    keep_qk: list[Place] | Auto = Field(
+        default_factory=list, description="[step, layer] pairs whose Q and K are kept; auto: one, in the middle"
+    )
 
 
 class Output(Part):
@@ -104,6 +116,11 @@ class Recipe(Part):
     segments: Segments | None = None
     edits: list[Transfer] = []
     record: Record | None = None
+    call: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of the pipeline's call (height, num_frames, ...), for models that run through "
+        "their stock pipeline",
+    )
     output: Output = Output()
 
     @model_validator(mode="after")

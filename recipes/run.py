@@ -27,7 +27,7 @@ from probe.recorder import Recorder, finish_video
 from probe.store import Run, RunWriter, refuse_taken
 from probe.tracer import Traced, trace
 from probe.word import Prompt
-from recipes import parse, resume
+from recipes import parse, resume, stock
 from recipes.catalogue import clip_forwards, edits, readouts
 from recipes.job import Job, prepare
 from recipes.recipe import Recipe
@@ -56,6 +56,9 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
     """
     job = prepare(recipe)
     refuse_taken(out, force)
+    if job.size.clip is None:
+        with _interrupted(out), _out_of_memory():
+            return stock.execute(job, _load(job, place or Place()), out, force, quiet)
     loaded = _open(job, place or Place())
     return _carry_out(loaded, RunWriter.create(out, loaded.info, parse.dump(recipe), force), loaded.start(), quiet)
 
@@ -101,10 +104,14 @@ class _Loaded:
         return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock)
 
 
+def _load(job: Job, place: Place) -> Any:
+    return load(job.recipe.model, device=place.device, offload=place.offload)
+
+
 def _open(job: Job, place: Place) -> _Loaded:
     began, sampler = time.perf_counter(), job.recipe.sampler
     with _out_of_memory():
-        pipe = load(job.recipe.model, device=place.device, offload=place.offload)
+        pipe = _load(job, place)
     loop = Loop(pipe, job.steps, sampler.seed, sampler.scheduler)
     looks = readouts(job)
     traced = trace(loop.pipe, *edits(job), *looks)

@@ -136,7 +136,7 @@ def test_an_unknown_family(capsys, toy, tmp_path):
     (other / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "LatteTransformer3DModel"}))
     line = refused(capsys, story(str(other), tmp_path / "run"), 1)
     assert "Got LatteTransformer3DModel" in line
-    assert "Known: CogVideoXTransformer3DModel" in line
+    assert "Known: CogVideoX (CogVideoXTransformer3DModel)" in line
 
 
 def test_an_unexpected_error_is_a_sentence_and_debug_shows_it(capsys, toy, tmp_path, monkeypatch):

@@ -1,0 +1,76 @@
+"""`mmdit bench`: what looking costs, in ratios to doing nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from probe.errors import UsageError
+from recipes import console
+
+if TYPE_CHECKING:
+    from recipes.bench import Method
+
+app = typer.Typer(help="Timings side by side with plain attention: attention, record.", no_args_is_help=True)
+
+Format = Annotated[Literal["text", "json"], typer.Option("--format", help="text for people, json for programs")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="float32 on the CPU, bfloat16 on a GPU by default."),
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that count; all methods take turns in each.")]
+
+
+@app.command()
+def attention(
+    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    format: Format = "text",
+) -> None:
+    """One attention call: each readout beside plain attention."""
+    from recipes.bench_attention import Bench, shape_of
+
+    shape = shape_of(size)
+    place, kind = _place(device, dtype)
+    _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, format)
+
+
+@app.command()
+def record(
+    size: Annotated[str, typer.Option(help="miniature, or a size of bench attention with random weights.")] = "small",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    format: Format = "text",
+) -> None:
+    """A whole forward: recording beside plain generation."""
+    from recipes.bench_record import methods
+
+    place, kind = _place(device, dtype)
+    title, made = methods(size, place, kind)
+    _print(title, made, place, kind, rounds, format)
+
+
+def _place(device: str | None, dtype: str | None) -> tuple[str, Any]:
+    import torch
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"A benchmark must run on a device that is there. Got {place}, and torch sees no GPU.")
+    return place, getattr(torch, dtype or ("float32" if place == "cpu" else "bfloat16"))
+
+
+def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, format: str) -> None:
+    from recipes import bench
+
+    timed = bench.measure(methods, device, rounds)
+    plain, header = timed[0].seconds, bench.header(device, dtype)
+    if format == "json":
+        console.data({"size": title, "on": header, "methods": [one.facts(plain) for one in timed]})
+        return
+    note = "x plain: 1 is the plain one; + is time on top of it. error: against float64 (record: against plain)."
+    console.table(f"{title}\n{header}\n{note}", [one.row(plain) for one in timed])

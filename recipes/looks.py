@@ -1,0 +1,47 @@
+"""From what a recipe records to the readouts that record it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from probe.readout.base import Readout
+from probe.readout.column import ColumnMass
+from probe.readout.entropy import Entropy, LogNormaliser
+from probe.readout.frame import FrameMass
+from probe.readout.keep import KeepQK
+from probe.readout.locality import Locality
+from probe.readout.mass import RegionMass
+from probe.readout.sink import Sinks
+from probe.readout.sparsity import Sparsity
+from probe.readout.token import TokenMass
+from probe.readout.word import WordMaps
+from probe.site import JOINT, Where
+from recipes.recipe import Record
+
+MOST_WORDS = 16
+"""Word maps of a run that names no words."""
+
+LOOKS: dict[str, type[Readout]] = {
+    "frames": FrameMass,
+    "tokens": TokenMass,
+    "entropy": Entropy,
+    "lse": LogNormaliser,
+    "columns": ColumnMass,
+    "sinks": Sinks,
+    "sparsity": Sparsity,
+    "locality": Locality,
+}
+
+
+def readouts(record: Record, where: Where, steps: int, layers: int, kinds: Collection[str]) -> tuple[Readout, ...]:
+    """The readouts of a run of `steps` steps on a model of `layers` layers with attention of `kinds`.
+
+    A model whose text does not look at the video (Wan) has no `tv` maps: they are left out.
+    """
+    directions = [d for d in record.directions if d == "vt" or JOINT & set(kinds)] or ["vt"]
+    maps = WordMaps(*record.words, where=where, directions=directions, per_head=record.heads == "each", most=MOST_WORDS)
+    found: list[Readout] = [maps]
+    found += [RegionMass(where=where)] if record.mass else []
+    found += [LOOKS[name](where=where) for name in dict.fromkeys(record.readouts)]
+    pairs = [(steps // 2, layers // 2)] if record.keep_qk == "auto" else record.keep_qk
+    return (*found, *([KeepQK(pairs)] if pairs else []))
