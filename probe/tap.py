@@ -178,8 +178,11 @@ class Tap:
         inputs = self.family.inputs(model, args, kwargs)
         self.layout = self.family.layout(model, inputs)
         self._seen, self._masked = Counter(), (None, None)
+        name, step = self._named
+        if inputs.get("skip_layers"):  # skip-layer guidance of SD3: a further forward of the conditional half
+            name = "cond"
         if self.on_forward is not None:
-            self.on_forward(Forward(inputs["timestep"], len(inputs["hidden_states"]), *self._named), self.layout)
+            self.on_forward(Forward(inputs["timestep"], len(inputs["hidden_states"]), name, step), self.layout)
 
     def _attend(self, slot: Slot, route: Route) -> Tensor:
         """One attention call of the model, [B, H, N, D]."""

@@ -39,8 +39,9 @@ class Traced:
 
     def tokenize(self, texts: Sequence[str], **call: Any) -> tuple[Prompt, ...]:
         """The prompts as this pipeline's text encoders cut them in a call with the arguments `call`; none if one is
-        empty: it shows no word, which a stock pipeline allows.
+        empty (it shows no word, which a stock pipeline allows), or if the encoders get different ones.
         """
+        texts = self.family.texts(texts, call)
         if not all(text.strip() for text in texts):
             return ()
         return tokenize(self.family.encoders(self.pipe, call), texts) if texts else ()

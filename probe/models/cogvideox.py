@@ -32,6 +32,12 @@ def _layout(model: Any, inputs: dict[str, Any]) -> TokenLayout:
     return layout_of(model.config, frames, height, width, inputs["encoder_hidden_states"].shape[1])
 
 
+def _clip(config: Mapping[str, Any], _: Mapping[str, Any]) -> TokenLayout:
+    """A clip as the model was trained, whatever the call says."""
+    size = clip_frames(config), config["sample_height"], config["sample_width"]
+    return layout_of(config, *size, config["max_text_seq_length"])
+
+
 def _call_defaults(pipe: Any) -> dict[str, Any]:
     """diffusers assumes 226 text tokens whatever the model."""
     return {"max_sequence_length": pipe.transformer.config.max_text_seq_length}
@@ -70,6 +76,7 @@ COGVIDEOX = Family(
     pipelines=("CogVideoXPipeline",),
     attentions=(Attention("transformer_blocks", "attn1", "joint"),),
     layout=_layout,
+    clip=_clip,
     frame_axis=1,
     call_defaults=_call_defaults,
     probe_inputs=_probe_inputs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,21 @@ class Slot:
 @dataclass(frozen=True)
 class Text:
     """Text tokens of one encoder: the pipeline's tokenizer by name, how many (None: `max_sequence_length` of the
-    call), the template around a prompt, and how many tokens of its start are dropped.
+    call), the argument of the call that gives it another prompt, and whether a pipeline without that encoder gives
+    zeros, that is padding.
     """
 
     tokenizer: str = "tokenizer"
     length: int | None = None
-    template: str = "{}"
-    crop: int = 0
+    prompt: str = "prompt"
+    optional: bool = False
+
+    def encoder(self, pipe: Any, length: int) -> Encoder:
+        """As `probe.word.tokenize` wants it."""
+        there = (
+            not self.optional or getattr(pipe, self.tokenizer.replace("tokenizer", "text_encoder"), None) is not None
+        )
+        return Encoder(getattr(pipe, self.tokenizer, None) if there else None, length)
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,10 @@ class Family:
     """One model family.
 
     `transformer` is the diffusers class name; `attentions` say where the attention modules are. `layout(model, inputs)`
-    reads the joint sequence from a forward's own arguments, `text` how the pipeline makes text tokens. `frame_axis` is
-    the axis of frames of `hidden_states`, None where there is one picture. `ragged`: one attention call per batch
-    entry, each with its own text length. `text_modulates`: the text also changes every row's modulation.
+    reads the joint sequence from a forward's own arguments, `clip(config, call)` predicts it from the configuration and
+    the pipeline call's arguments, `text` says how the pipeline makes text tokens. `frame_axis` is the axis of frames of
+    `hidden_states`, None where there is one picture. `ragged`: one attention call per batch entry, each with its own
+    text length. `text_modulates`: the text also changes every row's modulation.
     `probe_inputs(model)` makes small random inputs for a self-check.
     """
 
@@ -64,6 +73,7 @@ class Family:
     pipelines: tuple[str, ...]
     attentions: tuple[Attention, ...]
     layout: Callable[[Any, dict[str, Any]], TokenLayout]
+    clip: Callable[[Mapping[str, Any], Mapping[str, Any]], TokenLayout]
     probe_inputs: Callable[[Any], dict[str, Any]]
     text: tuple[Text, ...] = (Text(),)
     frame_axis: int | None = 2
@@ -94,17 +104,17 @@ class Family:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         return dict(zip(names, args, strict=False)) | kwargs
 
+    def texts(self, texts: Sequence[str], call: Mapping[str, Any]) -> Sequence[str]:
+        """What the text encoders are given, `texts` or the call's own `prompt_2`, `prompt_3`; nothing if they differ:
+        no word then has one place.
+        """
+        given = [call.get(text.prompt) or texts for text in self.text]
+        said = [[one] if isinstance(one, str) else list(one) for one in given]
+        return said[0] if all(one == said[0] for one in said) else ()
+
     def encoders(self, pipe: Any, call: Mapping[str, Any]) -> list[Encoder]:
         """The text encoders of a pipeline call, for `probe.word.tokenize`."""
-        return [
-            Encoder(
-                getattr(pipe, text.tokenizer, None),
-                text.length or asked(pipe, call, "max_sequence_length"),
-                text.template,
-                text.crop,
-            )
-            for text in self.text
-        ]
+        return [text.encoder(pipe, text.length or asked(pipe, call, "max_sequence_length")) for text in self.text]
 
 
 def asked(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
