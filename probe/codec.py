@@ -2,7 +2,7 @@
 
 A lift of 1.0 is uniform attention. Each map (one layer, head and word) keeps its own range `lo` to `hi` of log2(lift).
 Code 0 says "below the floor" and comes back as exactly 0; codes 1 to 255 are evenly spaced from `lo` to `hi`. The error
-is half a code: 1.9 % of the value where the range is 2**14, less where it is narrower.
+is half a code (`error_bound`): 1.9 % of the value where the range is 2**14, less where it is narrower.
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ def decode(codes: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     lo, hi = (np.asarray(edge, np.float32)[..., None, None, None] for edge in (lo, hi))
     log = lo + (codes.astype(np.float32) - 1) * ((hi - lo) / np.float32(_TOP))
     return np.where(codes > 0, np.exp2(log), 0).astype(np.float32)
+
+
+def error_bound(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """Return the largest relative error of a lift at or above the floor, by lo and hi [...] of its map.
+
+    Half of one of 254 even steps in log2: 2**((hi - lo) / 508) - 1, and 1e-5 for the rounding of float32. What lies
+    below the floor is off by less than the floor itself.
+    """
+    return np.exp2((np.asarray(hi, float) - lo) / (2 * _TOP)) - 1 + 1e-5
 
 
 def _bad_values(lift: np.ndarray) -> str:

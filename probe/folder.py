@@ -1,6 +1,6 @@
 """The run folder as files: their names, how one is replaced in one piece, and who is writing.
 
-    run.json  recipe.yaml  video.mp4  video.gif  contact.png  steps/step_0007.h5  writer.lock
+    run.json  recipe.yaml  video.mp4  video.gif  contact.png  steps/step_0007.h5  resume.h5  writer.lock
 
 `writer.lock` names the writing process by id and start time, so that a lock left by a dead process is recognised.
 """
@@ -19,7 +19,7 @@ from probe.errors import StoreError
 
 FORMAT = "mmdit-lab run"
 SCHEMA = 1
-INFO, RECIPE, STEPS, LOCK = "run.json", "recipe.yaml", "steps", "writer.lock"
+INFO, RECIPE, STEPS, RESUME, LOCK = "run.json", "recipe.yaml", "steps", "resume.h5", "writer.lock"
 
 _STEP_NAME = re.compile(r"step_(\d{4,})\.h5")
 

@@ -13,22 +13,23 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from probe import store_read as read
 from probe.errors import StoreError
-from probe.folder import RECIPE, live_writer, read_info
-from probe.store_index import Index, Source, check, mean_over, union
+from probe.store_claim import refuse_taken
+from probe.store_contents import RunFolder
+from probe.store_index import Source, check, mean_over
 from probe.store_read import Place
 from probe.store_record import SegmentRecord
-from probe.store_writer import RunWriter, refuse_taken
+from probe.store_row import Patch, attention_row
+from probe.store_writer import RunWriter
 
 __all__ = ["Run", "RunWriter", "SegmentRecord", "list_runs", "refuse_taken"]
 
 
-class Run:
+class Run(RunFolder):
     """One run folder.
 
     In every reader, `step`, `layer` and `head` are numbers as the model counts them, and None is the mean over what was
@@ -40,87 +41,6 @@ class Run:
         StoreError: the folder is not a run of this project, or a file in it is damaged.
         UsageError: a reader was asked for something that was not recorded; the text lists what was.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._index = Index(self.path)
-        read_info(self.path)
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r}, status={self.status!r}, steps={len(self.steps)})"
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """run.json: status, times and provenance."""
-        return read_info(self.path)
-
-    @property
-    def status(self) -> str:
-        """running, done, failed or interrupted; a run whose writer died without a word is interrupted."""
-        status = self.info["status"]
-        if status == "running" and live_writer(self.path) is None:
-            status = self.info["status"]  # the writer may have finished between the two looks
-            return "interrupted" if status == "running" else status
-        return status
-
-    @property
-    def recipe(self) -> str:
-        """Text of recipe.yaml."""
-        try:
-            return (self.path / RECIPE).read_text(encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"{RECIPE} must be readable. Got '{error.strerror}' in {self.path}. Restore it.") from None
-
-    @property
-    def video(self) -> Path | None:
-        """The video file, or None where none was written."""
-        return next((path for name in ("video.mp4", "video.gif") if (path := self.path / name).is_file()), None)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """The denoising steps whose file is there and opens."""
-        return self._index.steps()
-
-    @property
-    def broken(self) -> tuple[Path, ...]:
-        """Step files that cannot be opened; `steps` leaves them out."""
-        return self._index.broken()
-
-    @property
-    def segments(self) -> tuple[Place, ...]:
-        """(segment, role) of everything recorded."""
-        return tuple(sorted({place for head in self._index.heads() for place in head.segments}))
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The recorded words, each once, in the order of the segments."""
-        return union(segment.words for head in self._index.heads() for segment in head.segments.values())
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The recorded layers, in order."""
-        return tuple(
-            sorted(union(segment.layers for head in self._index.heads() for segment in head.segments.values()))
-        )
-
-    def step_attrs(self, step: int) -> dict[str, Any]:
-        """What the writer said about one step: timestep, sigma, model, dtype, backend."""
-        return self._index.head(step).attrs
-
-    def segment_attrs(self, segment: int = 0, role: str | None = None) -> dict[str, Any]:
-        """What the writer said about a segment: start frame, grid, prompt, weight of the next prompt, guided."""
-        place = self._index.places(segment, role)[0]
-        return self._index.first(place).segments[place].attrs
-
-    def segment_words(self, segment: int = 0, role: str | None = None) -> tuple[str, ...]:
-        """The recorded words of one segment, in the order of the W axes."""
-        place = self._index.places(segment, role)[0]
-        return self._index.first(place).segments[place].words
-
-    def tokens(self, segment: int = 0, role: str | None = None) -> dict[str, np.ndarray]:
-        """Text tokens of a segment's prompt, arrays [N]: text, id, word, is_pad."""
-        place = self._index.places(segment, role)[0]
-        return read.read_tokens(self._index.first(place).path, place)
 
     def word_map(
         self,
@@ -140,8 +60,8 @@ class Run:
         Raises:
             WordError: the word was not recorded.
         """
-        places = self._index.places(segment, role, word)
-        sources = self._index.sources(places, f"maps/{direction}", step, layer, head, word)
+        places = self.index.places(segment, role, word)
+        sources = self.index.sources(places, f"maps/{direction}", step, layer, head, word)
 
         def one(source: Source) -> np.ndarray:
             at = source.segment.words.index(word)
@@ -159,11 +79,11 @@ class Run:
         role: str | None = None,
     ) -> np.ndarray:
         """Region mass float32 [3, 4], rows (text, padding, video) x columns (text, padding, same, other frames)."""
-        return self._array("mass", step, layer, head, self._index.places(segment, role))
+        return self._array("mass", step, layer, head, self.index.places(segment, role))
 
     def mass_grid(self, step: int, segment: int = 0, role: str | None = None) -> np.ndarray:
         """Region mass of every recorded layer and head of one step, float32 [L, H, 3, 4]."""
-        (source,) = self._index.sources(self._index.places(segment, role), "mass", step)
+        (source,) = self.index.sources(self.index.places(segment, role), "mass", step)
         return read.read_array(source.path, source.place, "mass")
 
     def frames(
@@ -176,7 +96,7 @@ class Run:
         role: str | None = None,
     ) -> np.ndarray:
         """Frame by frame attention float32 [F, C], rows look; C = F, or F + 1 with the text last."""
-        return self._array("frames", step, layer, head, self._index.places(segment, role))
+        return self._array("frames", step, layer, head, self.index.places(segment, role))
 
     def word_frames(
         self,
@@ -193,37 +113,98 @@ class Run:
         Raises:
             WordError: the word was not recorded.
         """
-        places = self._index.places(segment, role, word)
-        sources = self._index.sources(places, "word_frames", step, layer, head, word)
+        places = self.index.places(segment, role, word)
+        sources = self.index.sources(places, "word_frames", step, layer, head, word)
 
         def one(source: Source) -> np.ndarray:
-            found = _select(read.read_array(source.path, source.place, "word_frames"), source.layer, head)
+            found = _mean_part(source, "word_frames", head)
             return found if word is None else found[source.segment.words.index(word)]
 
         return mean_over(sources, one)
 
+    def columns(
+        self,
+        *,
+        step: int | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        segment: int | None = None,
+        role: str | None = None,
+    ) -> np.ndarray:
+        """Mean attention that each key receives, float32 [N] over the tokens of the attention, sums to 1."""
+        return self._array("columns", step, layer, head, self.index.places(segment, role))
+
+    def token_mass(
+        self,
+        *,
+        step: int | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        segment: int | None = None,
+        role: str | None = None,
+    ) -> np.ndarray:
+        """Mean attention that the video rows give to each text token, float32 [T]."""
+        return self._array("token_mass", step, layer, head, self.index.places(segment, role))
+
+    def metric(
+        self,
+        name: str,
+        *,
+        step: int | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        segment: int | None = None,
+        role: str | None = None,
+    ) -> float:
+        """One metric, as defined in `metric_info`; means leave out what is NaN, and are NaN where all of it is."""
+        sources = self.index.sources(self.index.places(segment, role), f"metrics/{name}", step, layer, head)
+        parts = [read.read_part(at.path, at.place, f"metrics/{name}", at.layer, head) for at in sources]
+        return _mean_defined(np.array([_mean_defined(part) for part in parts]))
+
+    def metric_grid(self, name: str, step: int, segment: int = 0, role: str | None = None) -> np.ndarray:
+        """One metric of every recorded layer and head of one step, float32 [L, H]; NaN where it is not defined."""
+        (source,) = self.index.sources(self.index.places(segment, role), f"metrics/{name}", step)
+        return read.read_array(source.path, source.place, f"metrics/{name}")
+
     def qk(self, layer: int, step: int, segment: int = 0, role: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Query and key float16 [H, N, D] of one layer and step, after normalisation and rotation."""
-        head = self._index.head(step)
-        there = [place for place in self._index.places(segment, role) if place in head.segments]
-        kept = head.segments[there[0]].qk if there else ()
-        check("layer of query and key", layer, kept)
-        query, key = (read.read_array(head.path, there[0], f"qk/layer_{layer:02d}/{name}") for name in "qk")
+        """Query and key float16 [H, N, D] of one layer and step, after normalisation and rotation; see `qk_sites`."""
+        source = self._kept(layer, step, segment, role)
+        query, key = (read.read_array(source.path, source.place, f"qk/layer_{layer:02d}/{name}") for name in "qk")
         return query, key
 
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """The last complete step and the state a resumed run goes on from."""
-        steps = self.steps
-        if not steps or not self._index.head(steps[-1]).has_resume:
-            last = f"step {steps[-1]} without one" if steps else "no complete step"
-            raise StoreError(f"run must hold a resume state. Got {last} in {self.path}. Start it again.")
-        return steps[-1], read.read_resume(self._index.head(steps[-1]).path)
+    def attention_row(
+        self,
+        layer: int,
+        step: int,
+        head: int | None = None,
+        *,
+        token: int | Patch,
+        segment: int = 0,
+        role: str | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What one token looks at, as probabilities that sum to 1: video float32 [F, Y, X] and text float32 [T].
+
+        Computed from the query and key of a site of `qk_sites`. `token` is a patch (frame, row, column), or the number
+        of a text token. The text is as long as its visible part; video and text stand as `order` of the segment says.
+        """
+        source = self._kept(layer, step, segment, role)
+        if head is not None:
+            heads = read.read_shape(source.path, source.place, f"qk/layer_{layer:02d}/q")[0]
+            check("head", head, range(heads))
+        return attention_row(source.path, source.place, source.segment, layer, head, token)
+
+    def _kept(self, layer: int, step: int, segment: int, role: str | None) -> Source:
+        """The file that holds query and key."""
+        head = self.index.head(step)
+        there = [place for place in self.index.places(segment, role) if place in head.segments]
+        check("layer of query and key", layer, head.segments[there[0]].qk if there else ())
+        return Source(head.path, there[0], head.segments[there[0]], None)
 
     def _array(
         self, name: str, step: int | None, layer: int | None, head: int | None, places: tuple[Place, ...]
     ) -> np.ndarray:
-        sources = self._index.sources(places, name, step, layer, head)
-        return mean_over(sources, lambda at: _select(read.read_array(at.path, at.place, name), at.layer, head))
+        sources = self.index.sources(places, name, step, layer, head)
+        return mean_over(sources, lambda source: _mean_part(source, name, head))
 
 
 def list_runs(folder: str | os.PathLike[str]) -> list[Run]:
@@ -243,8 +224,13 @@ def list_runs(folder: str | os.PathLike[str]) -> list[Run]:
     return [run for _, run in sorted(runs, key=lambda pair: pair[0], reverse=True)]
 
 
-def _select(array: np.ndarray, layer: int | None, head: int | None) -> np.ndarray:
-    """Take one layer and head of [L, H, ...], or their mean."""
-    array = array if layer is None else array[layer : layer + 1]
-    array = array if head is None else array[:, head : head + 1]
-    return array.mean((0, 1), dtype=np.float64)
+def _mean_part(source: Source, name: str, head: int | None) -> np.ndarray:
+    """The mean over the layers and heads asked for of an array [L, H, ...]."""
+    part = read.read_part(source.path, source.place, name, source.layer, head)
+    return part.mean((0, 1), dtype=np.float64)
+
+
+def _mean_defined(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN where all is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean(dtype=np.float64)) if defined.size else float("nan")

@@ -14,6 +14,8 @@ from probe.folder import step_files
 from probe.store_read import Place, SegmentHead, StepHead, opens, read_head
 from probe.store_record import ROLES
 
+_THINGS = {"": "array", "maps": "map direction", "metrics": "metric"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -166,9 +168,9 @@ def check(thing: str, value: Any, known: Iterable[Any], error: type[UsageError] 
 
 
 def _check_name(name: str, known: Iterable[str]) -> None:
-    kind, _, direction = name.partition("/")
-    names = [other.partition("/")[2] for other in known if other.startswith("maps/")] if direction else list(known)
-    check("map direction" if direction else "array", direction or kind, names)
+    group, slash, one = name.rpartition("/")
+    names = [other.removeprefix(group + slash) for other in known if other.startswith(group + slash)]
+    check(_THINGS[group], one, names)
 
 
 def _check_head(name: str, head: int | None, found: Iterable[SegmentHead]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from probe.store_step import JSON_MARK, STEP_FORMAT
 Place = tuple[int, str]
 """A segment and its role."""
 
+_ARRAYS = ("mass", "frames", "word_frames", "columns", "token_mass", *(f"maps/{one}" for one in DIRECTIONS))
+
 
 @dataclass(frozen=True)
 class SegmentHead:
@@ -32,8 +34,11 @@ class SegmentHead:
     attrs: dict[str, Any]
     words: tuple[str, ...]
     layers: tuple[int, ...]
+    kinds: tuple[str, ...]
     heads: dict[str, int]
-    """Number of heads of each recorded array, by its name: mass, frames, word_frames, maps/vt, maps/tv."""
+    """Number of heads of each recorded array, by its name: mass, frames, maps/vt, metrics/entropy and so on."""
+    metrics: dict[str, str]
+    """Definition of each metric, by its name; empty where none was given."""
     qk: tuple[int, ...]
 
     @property
@@ -49,7 +54,6 @@ class StepHead:
     path: Path
     attrs: dict[str, Any]
     segments: dict[Place, SegmentHead]
-    has_resume: bool
 
 
 def opens(path: Path) -> bool:
@@ -68,27 +72,27 @@ def read_head(path: Path) -> StepHead:
         StoreError: the file is truncated, foreign, or of a newer schema.
     """
     with _open(path) as file:
-        attrs = _read_attrs(file)
-        if attrs.get("format") != STEP_FORMAT or attrs.get("schema") != SCHEMA:
-            raise StoreError(
-                f"step file must be a '{STEP_FORMAT}' of schema {SCHEMA}. "
-                f"Got {path} with {attrs.get('format')!r}, {attrs.get('schema')!r}. Move it away or run again."
-            )
+        attrs = read_attrs(file)
+        check_format(attrs, path, "step file", STEP_FORMAT, "Move it away or run again.")
         segments = {
             (int(number), role): _read_segment(group)
             for number, roles in file.get("segments", {}).items()
             for role, group in roles.items()
         }
-        return StepHead(path, attrs, dict(sorted(segments.items())), "resume" in file)
+        return StepHead(path, attrs, dict(sorted(segments.items())))
 
 
 def _read_segment(group: Any) -> SegmentHead:
-    names = ("mass", "frames", "word_frames", *(f"maps/{direction}" for direction in DIRECTIONS))
+    layers = tuple(int(layer) for layer in group["layers"][...])
+    names = [name for name in _ARRAYS if name in group]
+    names += [f"metrics/{name}" for name in group.get("metrics", {})]
     return SegmentHead(
-        attrs=_read_attrs(group),
+        attrs=read_attrs(group),
         words=tuple(group["words"].asstr()[...]),
-        layers=tuple(int(layer) for layer in group["layers"][...]),
-        heads={name: group[name].shape[1] for name in names if name in group},
+        layers=layers,
+        kinds=tuple(group["kinds"].asstr()[...]) if "kinds" in group else ("joint",) * len(layers),
+        heads={name: group[name].shape[1] for name in names},
+        metrics={name: str(data.attrs.get("long_name", "")) for name, data in group.get("metrics", {}).items()},
         qk=tuple(sorted(int(name.removeprefix("layer_")) for name in group.get("qk", {}))),
     )
 
@@ -106,14 +110,35 @@ def read_map(path: Path, place: Place, direction: str, layer: int | None, head: 
     return codec.decode(codes, lo, hi).mean((0, 1), dtype=np.float64).astype(np.float32)
 
 
-def read_array(path: Path, place: Place, name: str) -> np.ndarray:
-    """Return one array of a segment, as it was written (mass, frames, word_frames, qk/layer_15/q).
+def read_array(path: Path, place: Place, name: str, at: Any = ...) -> np.ndarray:
+    """Return one array of a segment, or the part `at` of it, as it was written.
+
+    `name` is mass, frames, metrics/entropy, qk/layer_15/q and so on.
 
     Raises:
         StoreError: the file is damaged.
     """
     with _open(path) as file:
-        return file[_group(place)][name][...]
+        return file[_group(place)][name][at]
+
+
+def read_part(path: Path, place: Place, name: str, layer: int | None, head: int | None) -> np.ndarray:
+    """Return [1 or L, 1 or H, ...] of an array; layer and head count along the file's axes, None is all of them.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    return read_array(path, place, name, (_along(layer), _along(head)))
+
+
+def read_shape(path: Path, place: Place, name: str) -> tuple[int, ...]:
+    """Return the shape of one array of a segment.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    with _open(path) as file:
+        return file[_group(place)][name].shape
 
 
 def read_tokens(path: Path, place: Place) -> dict[str, np.ndarray]:
@@ -130,22 +155,8 @@ def read_tokens(path: Path, place: Place) -> dict[str, np.ndarray]:
         }
 
 
-def read_resume(path: Path) -> dict[str, Any]:
-    """Return what the writer was given as `resume`: arrays and bytes exact, other values as Python values.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
-    with _open(path) as file:
-        group = file["resume"]
-        found = _read_attrs(group)
-        for name, data in group.items():
-            array = np.asarray(data[()])
-            found[name] = array.tobytes() if data.attrs.get("kind") == "bytes" else array
-        return found
-
-
-def _read_attrs(target: h5py.Group | h5py.File) -> dict[str, Any]:
+def read_attrs(target: h5py.Group | h5py.File) -> dict[str, Any]:
+    """Attributes as the writer was given them."""
     return {name: _plain(value) for name, value in target.attrs.items()}
 
 
@@ -163,13 +174,32 @@ def _along(index: int | None) -> slice:
     return slice(None) if index is None else slice(index, index + 1)
 
 
+def check_format(attrs: dict[str, Any], path: Path, thing: str, wanted: str, advice: str) -> None:
+    """Refuse a file of another kind or schema.
+
+    Raises:
+        StoreError: what it must be, and what it is.
+    """
+    if attrs.get("format") != wanted or attrs.get("schema") != SCHEMA:
+        raise StoreError(
+            f"{thing} must be a '{wanted}' of schema {SCHEMA}. "
+            f"Got {path} with {attrs.get('format')!r}, {attrs.get('schema')!r}. {advice}"
+        )
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """Open for reading; whatever HDF5 or a missing name says about a damaged file becomes one sentence."""
+def open_file(path: Path, thing: str, advice: str) -> Iterator[Any]:
+    """Open for reading; whatever HDF5 or a missing name says about a damaged file becomes one sentence.
+
+    Raises:
+        StoreError: the file is damaged, or gone.
+    """
     try:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, KeyError, RuntimeError, AttributeError, ValueError) as error:
-        raise StoreError(
-            f"step file must be whole. Got a damaged or unreadable {path} ({error}). Remove it, or run that step again."
-        ) from error
+        raise StoreError(f"{thing} must be whole. Got a damaged or unreadable {path} ({error}). {advice}") from error
+
+
+def _open(path: Path) -> AbstractContextManager[Any]:
+    return open_file(path, "step file", "Remove it, or run that step again.")

@@ -1,6 +1,7 @@
 """What one step of one segment left behind, before it is written: a record whose shapes are checked once.
 
-Letters: L recorded layers, H heads, W words, F token frames, Y rows and X columns of patches, N tokens, D head width.
+Letters: L recorded layers, H heads, W words, F token frames, Y rows and X columns of patches, T text tokens, N tokens
+of the attention, D head width.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from probe.errors import StoreError
+from probe.site import KINDS
 
 ROLES = ("plain", "source", "target")
 DIRECTIONS = ("vt", "tv")
@@ -22,19 +24,27 @@ TOKEN_FIELDS = ("text", "id", "word", "is_pad")
 class SegmentRecord:
     """What was recorded of one segment and role in one denoising step.
 
+    The arrays are written by a background thread: they must not change once the record is handed over.
+
     Attributes:
         segment: number of the window of the long latent; a plain run has one, 0.
         role: plain, source or target.
-        attrs: plain data, for example start frame, grid, prompt, weight of the next prompt, guided.
-        tokens: arrays [N] of the branch's text: `text` (str), `id` (int), `word` (int), `is_pad` (bool).
+        attrs: plain data, for example start frame, grid, prompt, weight of the next prompt, guided. `order`
+            (text-video or video-text) and `scale` of the attention tell how `qk` is read.
+        tokens: arrays [T] of the branch's text: `text` (str), `id` (int), `word` (int), `is_pad` (bool).
         words: the recorded words, in the order of the W axis.
         layers: the recorded layers, in the order of the L axis.
+        kinds: attention of each recorded layer: joint, double, single, self or cross; () makes all of them joint.
         mass: float [L, H, 3, 4], rows (text, padding, video) x columns (text, padding, video same frame, video other
-            frames), as probabilities; or None.
+            frames), as probabilities; NaN where a model has no such rows; or None.
         maps: lift (1.0 = uniform) float [L, H, W, F, Y, X] by direction, `vt` or `tv`; H is 1 where `heads` is "mean".
         heads: whether the maps hold each head, or the mean over heads.
         word_frames: float [L, H, W, F], what the video rows of each frame give to each word; or None.
         frames: float [L, H, F, C], frame by frame attention, C = F or F + 1 with the text last; or None.
+        metrics: float [L, H] by name, one number per layer and head; NaN where it is not defined.
+        metric_info: one line by name of a metric: what it is, its range and unit.
+        columns: float [L, H, N], mean attention that each key receives, sums to 1; or None.
+        token_mass: float [L, H, T], mean attention that the video rows give to each text token; or None.
         qk: query and key, float [H, N, D] each, by layer; stored as float16, after normalisation and rotation.
 
     Raises:
@@ -47,11 +57,16 @@ class SegmentRecord:
     tokens: Mapping[str, Any]
     words: tuple[str, ...]
     layers: tuple[int, ...]
+    kinds: tuple[str, ...] = ()
     mass: np.ndarray | None = None
     maps: Mapping[str, np.ndarray] = field(default_factory=dict)
     heads: Literal["each", "mean"] = "each"
     word_frames: np.ndarray | None = None
     frames: np.ndarray | None = None
+    metrics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    metric_info: Mapping[str, str] = field(default_factory=dict)
+    columns: np.ndarray | None = None
+    token_mass: np.ndarray | None = None
     qk: Mapping[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,12 +78,21 @@ class SegmentRecord:
             raise StoreError(
                 f"layers and words must each be named once. Got {self.layers} and {self.words}. Drop the repeats."
             )
+        object.__setattr__(self, "kinds", self.kinds or ("joint",) * count)
+        _check_kinds(self.kinds, self.layers)
         for name, array in self.maps.items():
             _check_name("map direction", name, DIRECTIONS)
             _check_shape(f"maps {name}", array, (count, 1 if self.heads == "mean" else None, words, None, None, None))
+        for name, array in self.metrics.items():
+            _check_plain(name)
+            _check_shape(f"metric {name}", array, (count, None))
+        for name in self.metric_info:
+            _check_name("metric with a definition", name, tuple(self.metrics))
         _check_shape("mass", self.mass, (count, None, 3, 4))
         _check_shape("word_frames", self.word_frames, (count, None, words, None))
         _check_shape("frames", self.frames, (count, None, None, None))
+        _check_shape("columns", self.columns, (count, None, None))
+        _check_shape("token_mass", self.token_mass, (count, None, None))
         for layer, (query, key) in self.qk.items():
             _check_shape(f"query of layer {layer}", query, (None, None, None))
             _check_shape(f"key of layer {layer}", key, (None, None, None))
@@ -76,7 +100,20 @@ class SegmentRecord:
 
 def _check_name(thing: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise StoreError(f"{thing} must be one of {', '.join(known)}. Got {value!r}. Use one of these.")
+        listed = ", ".join(known) or "none"
+        raise StoreError(f"{thing} must be one of {listed}. Got {value!r}. Use one of these.")
+
+
+def _check_plain(name: str) -> None:
+    if not name or "/" in name or name == ".":
+        raise StoreError(f"metric names must be plain words. Got {name!r}. Leave out the slash.")
+
+
+def _check_kinds(kinds: tuple[str, ...], layers: tuple[int, ...]) -> None:
+    for kind in kinds:
+        _check_name("kind of a layer", kind, KINDS)
+    if len(kinds) != len(layers):
+        raise StoreError(f"kinds must have one entry per layer. Got {kinds} for the layers {layers}. Name each one.")
 
 
 def _check_shape(thing: str, array: np.ndarray | None, rule: tuple[int | None, ...]) -> None:

@@ -1,9 +1,8 @@
 """One step file (HDF5): how it is laid out and packed into bytes.
 
     attrs                   format, schema, step, and what the writer adds (timestep, sigma, model, dtype, backend)
-    resume/                 what a resumed run needs, exact types
-    segments/<k>/<role>/    attrs; layers; words; tokens/*; mass; frames; word_frames; maps/{vt,tv}{,_lo,_hi};
-                            qk/layer_15/{q,k}
+    segments/<k>/<role>/    attrs; layers; kinds; words; tokens/*; mass; frames; word_frames; metrics/<name>; columns;
+                            token_mass; maps/{vt,tv}{,_lo,_hi}; qk/layer_15/{q,k}
 
 A file opens with plain h5py or any HDF5 viewer: gzip and shuffle only, no plugins. Attributes are numbers and text; any
 other value is JSON text that begins with `json:`.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -24,20 +23,22 @@ from probe.errors import StoreError
 from probe.store_record import SegmentRecord
 
 STEP_FORMAT = "mmdit-lab step"
-
-_GZIP = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 JSON_MARK = "json:"
+
+_SMALL = 4096
+_GZIP = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 _DIMS = {
     "mass": ("layer", "head", "rows", "columns"),
     "frames": ("layer", "head", "frame", "looked_at_frame"),
     "word_frames": ("layer", "head", "word", "frame"),
+    "columns": ("layer", "head", "token"),
+    "token_mass": ("layer", "head", "text_token"),
+    "metrics": ("layer", "head"),
     "maps": ("layer", "head", "word", "frame", "row", "column"),
 }
 
 
-def pack_step(
-    step: int, attrs: Mapping[str, Any], segments: Sequence[SegmentRecord], resume: Mapping[str, Any] | None
-) -> memoryview:
+def pack_step(step: int, attrs: Mapping[str, Any], segments: Sequence[SegmentRecord]) -> memoryview:
     """Return the bytes of a step file.
 
     It is made in memory, so that the disk sees one plain write and HDF5 is never left half-way through a file.
@@ -53,30 +54,44 @@ def pack_step(
             if name in file:
                 raise StoreError(f"{name} must be written once in a step. Got it twice in step {step}. Merge the two.")
             _put_segment(file.create_group(name), record)
-        if resume is not None:
-            _put_resume(file.create_group("resume"), resume)
     return buffer.getbuffer()
 
 
 def _put_segment(group: h5py.Group, record: SegmentRecord) -> None:
     put_attrs(group, {**record.attrs, "heads": record.heads})
     group["layers"] = np.asarray(record.layers, np.int32)
+    _put_text(group, "kinds", record.kinds)
     _put_text(group, "words", record.words)
     for name, values in record.tokens.items():
         if name == "text":
             _put_text(group, f"tokens/{name}", values)
         else:
             group[f"tokens/{name}"] = np.asarray(values)
-    for name in ("mass", "frames", "word_frames"):
-        array = getattr(record, name)
-        if array is not None:
-            data = group.create_dataset(name, data=np.asarray(array, np.float32), **_filters(array))
-            _label(data, _DIMS[name])
+    said = {f"metrics/{name}": text for name, text in record.metric_info.items()}
+    for name, array in _floats(record):
+        put_attrs(_put_floats(group, name, array), {"long_name": said[name]} if name in said else {})
     for direction, lift in record.maps.items():
         _put_maps(group.require_group("maps"), direction, lift)
     for layer, pair in record.qk.items():
         for name, array in zip("qk", pair, strict=True):
-            group[f"qk/layer_{layer:02d}/{name}"] = np.asarray(array, np.float16)
+            group[f"qk/layer_{layer:02d}/{name}"] = _half(array, layer)
+
+
+def _floats(record: SegmentRecord) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays that are kept as float32, by name."""
+    for name in ("mass", "frames", "word_frames", "columns", "token_mass"):
+        if (array := getattr(record, name)) is not None:
+            yield name, array
+    for name, array in record.metrics.items():
+        yield f"metrics/{name}", array
+
+
+def _put_floats(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset:
+    """Write an array [L, ...] with one chunk per layer; a small one in one piece, since a chunk costs 3 kB."""
+    options: dict[str, Any] = {"chunks": (1, *np.shape(array)[1:]), **_GZIP} if np.size(array) > _SMALL else {}
+    data = group.create_dataset(name, data=np.asarray(array, np.float32), **options)
+    _label(data, name)
+    return data
 
 
 def _put_maps(group: h5py.Group, direction: str, lift: np.ndarray) -> None:
@@ -91,20 +106,23 @@ def _put_maps(group: h5py.Group, direction: str, lift: np.ndarray) -> None:
             edge[layer] = values
     put_attrs(codes, {"encoding": codec.ENCODING, "floor": codec.FLOOR, "units": "lift, 1 = uniform"})
     for data in (codes, *edges):
-        _label(data, _DIMS["maps"])
+        _label(data, "maps")
 
 
-def _put_resume(group: h5py.Group, resume: Mapping[str, Any]) -> None:
-    for name, value in resume.items():
-        if not name or "/" in name or name == ".":
-            raise StoreError(f"resume names must be plain words. Got {name!r}. Leave out the slash.")
-        if isinstance(value, bytes):
-            group[name] = np.frombuffer(value, np.uint8)
-            group[name].attrs["kind"] = "bytes"
-        elif isinstance(value, np.ndarray):
-            group[name] = value
-        else:
-            put_attrs(group, {name: value})
+def _half(array: np.ndarray, layer: int) -> np.ndarray:
+    """Query or key as float16.
+
+    Raises:
+        StoreError: a value is not finite there.
+    """
+    with np.errstate(over="ignore"):
+        half = np.asarray(array).astype(np.float16)
+    if not np.isfinite(half).all():
+        worst = np.abs(np.asarray(array)).max()
+        raise StoreError(
+            f"query and key must fit into float16, at most 65504. Got {worst:.6g} in layer {layer}. Keep another layer."
+        )
+    return half
 
 
 def put_attrs(target: h5py.Group | h5py.Dataset, attrs: Mapping[str, Any]) -> None:
@@ -129,10 +147,6 @@ def _put_text(group: h5py.Group, name: str, values: Sequence[str]) -> None:
     group.create_dataset(name, (len(values),), h5py.string_dtype())[...] = [str(value) for value in values]
 
 
-def _filters(array: np.ndarray) -> dict[str, Any]:
-    return _GZIP if np.size(array) else {}
-
-
-def _label(data: h5py.Dataset, names: Sequence[str]) -> None:
-    for axis, name in zip(data.dims, names, strict=False):
-        axis.label = name
+def _label(data: h5py.Dataset, name: str) -> None:
+    for axis, label in zip(data.dims, _DIMS[name.partition("/")[0]], strict=False):
+        axis.label = label

@@ -1,23 +1,29 @@
-"""Writes a run folder: one step, one file, complete or absent; the status always tells how the run ended."""
+"""Writes a run folder: one step, one file, complete or absent; the status always tells how the run ended.
+
+Steps are packed and written by one background thread, in order, at most two of them unfinished: a disk slower than the
+model makes the model wait, and nothing is dropped. The state to resume from follows the file of its step.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+
 from probe.errors import MmditError, StoreError
 from probe.folder import (
     FORMAT,
     RECIPE,
+    RESUME,
     SCHEMA,
     STEPS,
-    live_writer,
     lock,
     read_info,
     save_file,
@@ -25,24 +31,32 @@ from probe.folder import (
     unlock,
     write_info,
 )
+from probe.store_backlog import Backlog
+from probe.store_claim import make_room, refuse_taken
 from probe.store_record import SegmentRecord
+from probe.store_resume import pack_resume
 from probe.store_step import pack_step
 
 Status = Literal["done", "failed", "interrupted"]
 
+_UNFINISHED = 2
 _RESERVED = {"format", "schema", "status", "started", "finished", "error"}
 
 
 class RunWriter:
     """The one writer of a run folder; make it with `create` or `reopen`, end it with `finish` or `with`.
 
-    As a context manager it finishes by itself: an exception makes the run failed, Ctrl-C makes it interrupted.
+    As a context manager it finishes by itself: an exception makes the run failed, Ctrl-C makes it interrupted. Steps
+    that were handed over are written in either case, also when the interpreter ends without `finish`. Any thread of the
+    process that made it may use it; a forked copy of that process may not.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any]) -> None:
         self.folder = folder
         self._info = info
         self._open = True
+        self._process = os.getpid()
+        self._backlog = Backlog(_UNFINISHED)
 
     @classmethod
     def create(
@@ -62,7 +76,7 @@ class RunWriter:
         path = Path(folder)
         _check_names(info)
         refuse_taken(path, force)
-        _make_room(path)
+        make_room(path)
         lock(path)
         started = {"format": FORMAT, "schema": SCHEMA, "status": "running", "started": _now()}
         try:
@@ -101,7 +115,10 @@ class RunWriter:
         segments: Sequence[SegmentRecord],
         resume: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write one denoising step; its file appears whole, or not at all.
+        """Hand over one denoising step; its file appears whole, or not at all, and resume.h5 is replaced after it.
+
+        The background thread reads the arrays of `segments` later: leave them as they are, and copy what shares
+        memory with a tensor that changes. `resume` is copied at once.
 
         Args:
             step: number of the step, 0 from pure noise.
@@ -110,23 +127,65 @@ class RunWriter:
             resume: arrays (any numpy type, exact), bytes and plain data that a resumed run needs.
 
         Raises:
-            StoreError: a value cannot be stored, or the disk refused; earlier steps are intact.
+            StoreError: an earlier step could not be stored: it and those handed over after it are lost, all before it
+                are intact. Errors of this step are raised by the next call of `write_step`, `flush` or `finish`.
         """
         if not self._open:
             raise StoreError(f"step {step} must come before the end of the run. Got it after. Start another run.")
         if step < 0:
             raise StoreError(f"step must be 0 or more. Got {step}. Count denoising steps from pure noise.")
-        save_file(step_path(self.folder, step), pack_step(step, attrs, segments, resume))
+        self._refuse_copy()
+        attrs, segments, state = dict(attrs), tuple(segments), None if resume is None else _copied(resume)
+        self._backlog.add(lambda: self._store(step, attrs, segments, state))
 
-    def finish(self, status: Status, error: str | None = None, **extra: Any) -> None:
-        """End the run: status, time and `extra` go into run.json in one piece, and the lock goes away.
+    def flush(self) -> None:
+        """Wait until every step handed over is on the disk.
 
         Raises:
-            StoreError: the status is not known, or the disk refused (the run then reads as interrupted).
+            StoreError: one of them could not be stored.
+        """
+        self._refuse_copy()
+        self._backlog.drain()
+
+    def finish(self, status: Status, error: str | None = None, **extra: Any) -> None:
+        """End the run: wait for its steps; status, time and `extra` go into run.json in one piece; the lock goes away.
+
+        Raises:
+            StoreError: the status is not known; a step could not be stored (the run is failed then); or the disk
+                refused (the run then reads as interrupted).
         """
         if status not in ("done", "failed", "interrupted"):
             raise StoreError(f"status must be done, failed or interrupted. Got {status!r}. Use one of these.")
         _check_names(extra)
+        self._refuse_copy()
+        try:
+            self._backlog.close()
+        except StoreError as lost:
+            self._end("failed" if status == "done" else status, error or str(lost), extra)
+            raise
+        self._end(status, error, extra)
+
+    def _store(
+        self,
+        step: int,
+        attrs: Mapping[str, Any],
+        segments: Sequence[SegmentRecord],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Runs in the background thread."""
+        try:
+            after = None if state is None else pack_resume(step, state)
+            save_file(step_path(self.folder, step), pack_step(step, attrs, segments))
+            if after is not None:
+                save_file(self.folder / RESUME, after)
+        except MmditError:
+            raise
+        except Exception as error:  # out of memory, or what h5py says of a strange value
+            raise StoreError(
+                f"step {step} must be stored. Got {_sentence(error)}. Everything finished before is intact."
+            ) from error
+
+    def _end(self, status: Status, error: str | None, extra: Mapping[str, Any]) -> None:
         self._info |= {**extra, "status": status, "finished": _now()}
         if error is not None:
             self._info["error"] = error
@@ -135,6 +194,14 @@ class RunWriter:
             write_info(self.folder, self._info)
         finally:
             unlock(self.folder)
+
+    def _refuse_copy(self) -> None:
+        """A forked process has the lock's name but not the thread that writes."""
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"run folder must be written by the process that opened it. Got process {os.getpid()}, a copy of "
+                f"process {self._process}. Write from one of them."
+            )
 
     def __enter__(self) -> RunWriter:
         return self
@@ -151,6 +218,11 @@ class RunWriter:
             self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", _sentence(error))
 
 
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with arrays of its own."""
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, MmditError):
         return str(error)
@@ -164,57 +236,3 @@ def _check_names(info: Mapping[str, Any]) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat()
-
-
-def refuse_taken(folder: str | os.PathLike[str], force: bool = False) -> None:
-    """Check, before any work is done, that `RunWriter.create` would take the folder; nothing is touched.
-
-    Raises:
-        StoreError: the folder is taken, foreign, being written, or a file stands in the way.
-    """
-    path = Path(folder)
-    with _one_sentence(path):
-        for place in (path, *path.parents):
-            if place.is_file():
-                raise StoreError(
-                    f"run folder must be a folder in a folder. Got {path}, where {place} is a file. Choose another."
-                )
-        held = len(list(path.iterdir())) if path.exists() else 0
-    if held and not force:
-        raise StoreError(
-            f"run folder must be new or empty. Got {path}, which holds {held} {'entry' if held == 1 else 'entries'}. "
-            "Choose another path, or pass --force to replace an earlier run."
-        )
-    if held:
-        _check_run(path)
-
-
-def _make_room(path: Path) -> None:
-    """Make `path` an empty folder; whatever `refuse_taken` let through is deleted."""
-    with _one_sentence(path):
-        if path.exists() and any(path.iterdir()):
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-
-
-def _check_run(path: Path) -> None:
-    """Refuse to replace anything but a run of this project that nobody is writing."""
-    try:
-        read_info(path)
-    except StoreError as error:
-        raise StoreError(
-            f"--force must replace an earlier run. Got {path}, which is none ({error}) Nothing was deleted."
-        ) from None
-    if (pid := live_writer(path)) is not None:
-        raise StoreError(f"--force must not replace a run in progress. Got {path}, written by process {pid}. Stop it.")
-
-
-@contextlib.contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"run folder must be writable. Got '{error.strerror or error}' for {error.filename or path}. "
-            "Choose another path."
-        ) from None

@@ -1,4 +1,4 @@
-"""The state of a stopped run: kept in every step file, and checked before a run goes on from it."""
+"""The state of a stopped run: kept beside the step files, and checked before a run goes on from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = ("recipe", "steps", "guidance", "overlap", "shared steps", "shared lay
 
 
 def kept_of(state: State, timestep: int) -> dict[str, Any]:
-    """What a step file keeps: latents, the sampler's memory, its last timestep and the random state."""
+    """What is kept of the newest step: latents, the sampler's memory, its last timestep and the random state."""
     kept = {
         "step": state.step,
         "latents": _array(state.latents),
@@ -46,10 +46,11 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def state_of(run: Run, now: dict[str, Any], start: State) -> State:
-    """The state after the last complete step, or `start` if there is none; dtype and device are those of `start`.
+    """The state of the newest step that has one, or `start` where a run stopped before; dtype and device of `start`.
 
     Raises:
-        StoreError: software, device, threads or model differ from those of the run: its bits would not go on.
+        StoreError: software, device, threads or model differ from those of the run: its bits would not go on; or
+            resume.h5 is damaged, or gone.
     """
     for name in (*SOFTWARE, *NUMBERS):
         if run.info.get(name) != now.get(name):
@@ -57,7 +58,7 @@ def state_of(run: Run, now: dict[str, Any], start: State) -> State:
                 f"A resumed run must go on with the same software, machine, model and recipe. Got another {name}: "
                 f"{now.get(name)} instead of {run.info.get(name)}. Restore it, or start the recipe again."
             )
-    if not run.steps:
+    if not run.has_state and len(run.steps) <= 1:  # stopped before the state of its first step was there
         return start
     kept = run.resume()[1]
     x0 = torch.from_numpy(kept["previous_x0"]).to(start.latents.device) if "previous_x0" in kept else None

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from probe.codec import FLOOR, decode, encode
+from probe.codec import FLOOR, decode, encode, error_bound
 from probe.errors import StoreError
 
 
@@ -15,6 +15,33 @@ def test_error_is_at_most_three_percent_over_the_whole_range():
         error = np.abs(both_ways(maps) / maps - 1).max()
         assert error < 0.03, error
     assert error > 0.015  # the bound is of the size that 254 codes over 14 octaves must have
+
+
+HEAVY = {
+    "log-normal": lambda rng, shape: np.exp(rng.normal(0, 2, shape)),
+    "Pareto": lambda rng, shape: rng.pareto(0.7, shape),
+    "Cauchy": lambda rng, shape: np.abs(rng.standard_cauchy(shape)),
+    "steep softmax": lambda rng, shape: np.exp(rng.normal(0, 5, shape)),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_the_stated_error_holds_for_heavy_tails(name):
+    maps = HEAVY[name](np.random.default_rng(5), (3, 2, 4, 5, 12, 13))
+    maps[1] = np.sort(maps[1].ravel()).reshape(maps[1].shape)  # narrow maps and wide ones
+    maps = (maps / maps.mean((-3, -2, -1), keepdims=True)).astype(np.float32)  # one of them lifts 700 times
+    codes, lo, hi = encode(maps)
+    back, bound = decode(codes, lo, hi), np.broadcast_to(error_bound(lo, hi)[..., None, None, None], maps.shape)
+    seen = maps >= FLOOR
+    error = np.abs(back / np.where(seen, maps, 1) - 1)
+    assert (error <= bound)[seen].all()
+    assert (error > 0.95 * bound)[seen].any()  # the bound is no wider than it must be
+    assert not back[~seen].any()
+    assert bound.max() < np.exp2((np.log2(maps.max()) + 7) / 508) - 1 + 2e-5
+
+
+def test_the_error_of_fourteen_octaves_is_two_percent():
+    assert error_bound(np.array(-7.0), np.array(7.0)) == pytest.approx(0.0193, abs=1e-4)
 
 
 def test_a_narrow_map_is_kept_more_exactly():

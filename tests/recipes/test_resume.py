@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 
 import probe
@@ -98,6 +99,31 @@ def test_a_run_made_otherwise_does_not_go_on(stopped, tmp_path, capsys, name):
     assert name in info
     (folder / "run.json").write_text(json.dumps(info | {name: "another"}))
     assert f"Got another {name}: " in refused(capsys, ["resume", str(folder)], 1)
+
+
+def test_a_run_stopped_before_its_first_state_starts_from_noise(stopped, recorded, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    (folder / "resume.h5").unlink()
+    for path in sorted((folder / "steps").iterdir())[1:]:
+        path.unlink()
+    main_ok(["resume", str(folder)])
+    assert Run(folder).steps == (0, 1, 2, 3, 4)
+    assert (folder / "video.gif").read_bytes() == (recorded / "video.gif").read_bytes()
+
+
+def test_a_state_that_is_lost_or_damaged_is_one_sentence(stopped, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    state = folder / "resume.h5"
+    with h5py.File(state, "a") as file:
+        file.attrs["schema"] = 2
+    assert "must be a 'mmdit-lab resume' of schema 1. Got" in refused(capsys, ["resume", str(folder)], 1)
+    state.write_bytes(state.read_bytes()[:700])
+    assert "resume state must be whole. Got a damaged" in refused(capsys, ["resume", str(folder)], 1)
+    state.unlink()
+    assert "run must hold a resume state. Got no resume.h5" in refused(capsys, ["resume", str(folder)], 1)
+    assert Run(folder).steps == (0, 1, 2, 3, 4)
 
 
 def test_an_edited_recipe_does_not_go_on(stopped, tmp_path, capsys):
