@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from probe.models.prove import prove
     from probe.plan import Handler, Plan, Stage
     from probe.readout.base import At, Readout
+    from probe.readout.column import ColumnMass
+    from probe.readout.entropy import Entropy, LogNormaliser
+    from probe.readout.feature import Correspondence, Features
+    from probe.readout.frame import FrameMass
+    from probe.readout.keep import KeepQK
+    from probe.readout.kept import KeptMass
+    from probe.readout.locality import Locality
     from probe.readout.mass import RegionMass
+    from probe.readout.recovery import Recovery
+    from probe.readout.saliency import OutputSaliency
+    from probe.readout.settling import Settling
+    from probe.readout.similarity import Similarity, similarity
+    from probe.readout.sink import Sinks
+    from probe.readout.sparsity import Sparsity
+    from probe.readout.token import TokenMass
     from probe.readout.word import WordMaps
     from probe.recorder import record
     from probe.region import Block, Region
@@ -31,24 +45,41 @@ __all__ = [
     "At",
     "Block",
     "Branch",
+    "ColumnMass",
+    "Correspondence",
+    "Entropy",
+    "Features",
+    "FrameMass",
     "Grid",
     "Handler",
+    "KeepQK",
+    "KeptMass",
+    "Locality",
+    "LogNormaliser",
     "MmditError",
+    "OutputSaliency",
     "Plan",
     "Progress",
     "Readout",
+    "Recovery",
     "Region",
     "RegionMass",
     "Run",
+    "Settling",
+    "Similarity",
+    "Sinks",
     "Site",
+    "Sparsity",
     "Stage",
     "TokenLayout",
+    "TokenMass",
     "Where",
     "Which",
     "WordMaps",
     "load",
     "prove",
     "record",
+    "similarity",
     "trace",
 ]
 
@@ -61,6 +92,20 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "models.prove": ["prove"],
         "plan": ["Handler", "Plan", "Stage"],
         "readout.base": ["At", "Readout"],
+        "readout.column": ["ColumnMass"],
+        "readout.entropy": ["Entropy", "LogNormaliser"],
+        "readout.feature": ["Correspondence", "Features"],
+        "readout.frame": ["FrameMass"],
+        "readout.keep": ["KeepQK"],
+        "readout.kept": ["KeptMass"],
+        "readout.locality": ["Locality"],
+        "readout.recovery": ["Recovery"],
+        "readout.saliency": ["OutputSaliency"],
+        "readout.settling": ["Settling"],
+        "readout.similarity": ["Similarity", "similarity"],
+        "readout.sink": ["Sinks"],
+        "readout.sparsity": ["Sparsity"],
+        "readout.token": ["TokenMass"],
         "readout.mass": ["RegionMass"],
         "readout.word": ["WordMaps"],
         "recorder": ["record"],

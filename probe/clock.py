@@ -76,8 +76,16 @@ def branches_of(batch: int, prompts: int, name: str | None, pipe: Any) -> tuple[
     A forward named cond or uncond is one half of guidance; any other holds [unconditional.., conditional..] if the
     pipeline guides, else the conditional half alone. `prompts` is how many the run was told, 0 if none; several videos
     of a prompt stand side by side.
+
+    Raises:
+        TapError: which half a forward is cannot be told.
     """
     halves = (name == "cond",)
+    if name is None and batch == prompts and _guides(pipe):
+        raise TapError(
+            "A forward of a pipeline that guides must be named or hold both halves. Got an unnamed one of "
+            f"{batch} batch entries for {prompts} prompts by {type(pipe).__name__}. Tell the clock its branches."
+        )
     if name not in ("cond", "uncond"):
         halves = (False, True) if batch % 2 == 0 and batch != prompts and _guides(pipe) else (True,)
     each = batch // len(halves)
@@ -95,9 +103,11 @@ def steps_of(scheduler: Any) -> int:
     return -(-len(scheduler.timesteps) // getattr(scheduler, "order", 1))
 
 
-def step_of(scheduler: Any) -> int | None:
-    """The step a scheduler of second order is at, None for others: their timesteps tell it."""
-    order = getattr(scheduler, "order", 1)
-    if order == 1:
-        return None
-    return ((getattr(scheduler, "step_index", None) or 0) - (getattr(scheduler, "begin_index", None) or 0)) // order
+def step_of(scheduler: Any, evaluation: int | None = None) -> int | None:
+    """The step a scheduler is at, from the `evaluation` a pipeline says it makes, else by the scheduler's own count;
+    None before its first step, or where it keeps no count: timesteps tell it. (In half precision timesteps that lie
+    close together round to the same number.)
+    """
+    if evaluation is None and getattr(scheduler, "step_index", None) is not None:
+        evaluation = scheduler.step_index - (getattr(scheduler, "begin_index", None) or 0)
+    return None if evaluation is None else evaluation // getattr(scheduler, "order", 1)

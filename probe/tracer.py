@@ -108,8 +108,7 @@ class _Run:
         self.first_step = 0
 
     def forward(self, told: Forward, layout: TokenLayout) -> None:
-        step = told.step if told.step is not None else step_of(getattr(self.traced.pipe, "scheduler", None))
-        batch = told.batch
+        step, batch = step_of(getattr(self.traced.pipe, "scheduler", None), told.step), told.batch
         self.clock.forward(told.timestep, batch, told.name, step)
         self.traced.layout = layout
         if len(self.clock.branches) != batch:

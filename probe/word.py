@@ -6,7 +6,7 @@ Names: a *word* is in the prompt, a *token* (or piece) in the sequence. No torch
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,13 +95,15 @@ def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
 @dataclass(frozen=True)
 class Encoder:
     """One text encoder of a pipeline: its tokenizer (None: not loaded, its tokens are all padding), how many tokens it
-    gives the model, and a template around the prompt whose first `crop` tokens the pipeline drops.
+    gives the model, a template around the prompt whose first `crop` tokens the pipeline drops, and how the pipeline
+    cleans a prompt first.
     """
 
     tokenizer: Any
     length: int
     template: str = "{}"
     crop: int = 0
+    clean: Callable[[str], str] = str
 
 
 def tokenize(encoders: Sequence[Encoder], texts: Sequence[str]) -> tuple[Prompt, ...]:
@@ -121,6 +123,7 @@ def _joined(parts: Sequence[Prompt]) -> Prompt:
 def _prompt(encoder: Encoder, text: str) -> Prompt:
     if not text.strip():
         raise UsageError("A prompt must have at least one word. Got an empty one. Describe the video in a few words.")
+    text = encoder.clean(text)
     tokenizer, count = encoder.tokenizer, encoder.length
     if tokenizer is None:
         return Prompt(text, ("",) * count, (-1,) * count, ((0, 0),) * count, (True,) * count)

@@ -39,21 +39,21 @@ class Slot:
 @dataclass(frozen=True)
 class Text:
     """Text tokens of one encoder: the pipeline's tokenizer by name, how many (None: `max_sequence_length` of the
-    call), the argument of the call that gives it another prompt, and whether a pipeline without that encoder gives
-    zeros, that is padding.
+    call), the argument of the call that gives it another prompt, whether a pipeline without that encoder gives zeros,
+    that is padding, and how the pipeline cleans a prompt.
     """
 
     tokenizer: str = "tokenizer"
     length: int | None = None
     prompt: str = "prompt"
     optional: bool = False
+    clean: Callable[[str], str] = str
 
     def encoder(self, pipe: Any, length: int) -> Encoder:
         """As `probe.word.tokenize` wants it."""
-        there = (
-            not self.optional or getattr(pipe, self.tokenizer.replace("tokenizer", "text_encoder"), None) is not None
-        )
-        return Encoder(getattr(pipe, self.tokenizer, None) if there else None, length)
+        encoder = getattr(pipe, self.tokenizer.replace("tokenizer", "text_encoder"), None)
+        missing = self.optional and encoder is None
+        return Encoder(None if missing else getattr(pipe, self.tokenizer, None), length, clean=self.clean)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from probe.layout import Grid, TokenLayout
-from probe.models.family import Attention, Family
+from probe.models.family import Attention, Family, Text
 from probe.models.noise import noise_like
 
 TEXT = 512
@@ -40,6 +40,13 @@ def _clip(config: Mapping[str, Any], call: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout("video-text", call["max_sequence_length"], grid)
 
 
+def _clean(text: str) -> str:
+    """As the pipeline does: HTML entities and white space, and broken letters where ftfy is installed."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return prompt_clean(text)
+
+
 def _probe_inputs(model: Any) -> dict[str, Any]:
     """Two token frames of 4 x 6 patches, 512 text tokens, and a picture where the model sees one."""
     config, noise = model.config, noise_like(model)
@@ -61,6 +68,7 @@ WAN = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     attentions=(Attention("blocks", "attn1", "self"), Attention("blocks", "attn2", "cross")),
     layout=_layout,
+    text=(Text(clean=_clean),),
     clip=_clip,
     probe_inputs=_probe_inputs,
 )

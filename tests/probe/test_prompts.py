@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 
 import probe
-from probe.errors import WordError
+from probe.clock import branches_of, step_of, steps_of
+from probe.errors import TapError, WordError
 from tests import tiny
-from tests.toys import flux, sd3
+from tests.toys import flux, sd3, wan
 
 
 def pieces(pipe, **call):
@@ -50,3 +52,25 @@ def test_skip_layer_guidance_is_conditional_whatever_its_batch():
         sd3.latents(probe.trace(pipe, watch), steps=2, num_images_per_prompt=2, **layers)
     halves = (False, False, True, True)
     assert set(seen) == {(0, 0, halves), (1, 0, halves), (1, 1, (True, True))}  # the pipeline starts after step 0
+
+
+def test_words_lie_where_the_cleaned_prompt_has_them():
+    (prompt,) = probe.trace(wan.pipeline()).tokenize(["a  red&nbsp;cat   runs left"])
+    assert prompt.text == tiny.PROMPT
+    assert prompt.tokens_of("cat") == (2,)
+
+
+def test_a_half_of_guidance_that_nobody_names_is_refused():
+    pipe = type("Unnamed", (), {"do_classifier_free_guidance": True})()
+    assert [b.guided for b in branches_of(2, 1, None, pipe)] == [False, True]
+    assert [b.guided for b in branches_of(1, 1, "uncond", pipe)] == [False]
+    with pytest.raises(TapError, match="must be named or hold both halves"):
+        branches_of(1, 1, None, pipe)
+
+
+def test_a_sampler_of_second_order_counts_a_step_once_whoever_tells_it():
+    sampler = FlowMatchHeunDiscreteScheduler()
+    sampler.set_timesteps(3)
+    assert steps_of(sampler) == 3
+    assert [step_of(sampler, told) for told in range(5)] == [0, 0, 1, 1, 2]
+    assert step_of(sampler) is None

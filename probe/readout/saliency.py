@@ -1,0 +1,76 @@
+"""Output-space saliency: where in the video the attention output resembles that of a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from probe.entry import Entry
+from probe.errors import UsageError, WordError
+from probe.layout import TokenLayout
+from probe.plan import Stage
+from probe.readout.feature import TokenReadout, by_head
+from probe.site import JOINT, Branch, Where
+from probe.word import Prompt
+
+
+class OutputSaliency(TokenReadout):
+    """Cosine and dot product of the attention output of each video token with that of a word.
+
+    With o_i the output of row i (before the projection that follows) and w the mean of o over the tokens of a word:
+    cosine = <o_i, w> / (|o_i| |w|), -1 to 1, 0 for an output of 0; dot = <o_i, w>, in squared units of v. With
+    `per_head` inside each head, else over all chosen heads side by side.
+
+    Conditional branches only; a branch shows the words of its prompt, and leaves out those it does not have. Only where
+    text has rows of its own: joint attention. After a run `values[at]` is a dict: "cosine" and "dot", float32 [heads
+    or 1, words, F, Y, X], in the order of `words_of[branch]`. Errors: 5e-6 in float32, 1e-2 in half precision, of the
+    cosine and of the largest dot product.
+
+    Source: output-space saliency of ConceptAttention (Helbling et al. 2025, arXiv 2502.04320). Departure: there is no
+    concept stream that looks without being looked at, so a word must be in the prompt and its own rows are read; there
+    is no softmax over words; layers are not averaged.
+    """
+
+    def __init__(
+        self, *words: str, where: Where | None = None, per_head: bool = False, stage: Stage = Stage.USED
+    ) -> None:
+        self.words, self.per_head = tuple(dict.fromkeys(words)), per_head
+        if not words:
+            raise UsageError("Output saliency must have at least one word. Got none. Name words of the prompt.")
+        super().__init__("o", ("o",), where, stage)
+        self.kinds = JOINT
+
+    def __str__(self) -> str:
+        return f"OutputSaliency({', '.join(self.words)})"
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
+        """Forget the last run.
+
+        Raises:
+            WordError: a word is in none of the prompts.
+        """
+        super().begin(prompts, steps, layers)
+        self.words_of: dict[Branch, tuple[str, ...]] = {}
+        for word in self.words if prompts else ():
+            if not any(prompt.has(word) for prompt in prompts):
+                spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
+                raise WordError(f"A word must be in a prompt. Got {word!r}. The words are: {spoken}.")
+
+    def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
+        """cosine and dot [heads or 1, words, F, Y, X]."""
+        words = tuple(word for word in self.words if entry.prompt.has(word))
+        if not words:
+            return None
+        self.words_of[entry.branch] = words
+        tokens = by_head(self.tokens(entry), self.per_head)
+        text, video = tokens[:, entry.rows.text_slice], tokens[:, entry.rows.video_slice]
+        means = torch.stack([text[:, list(entry.prompt.tokens_of(word))].mean(1) for word in words], 1)
+        made = {"cosine": F.normalize(means, dim=-1) @ F.normalize(video, dim=-1).mT, "dot": means @ video.mT}
+        return {name: values.unflatten(-1, entry.rows.grid.shape) for name, values in made.items()}
+
+    def cost(self, layout: TokenLayout) -> float:
+        """Two dot products per word and video token."""
+        return len(self.words) / layout.total

@@ -1,0 +1,54 @@
+"""Settling: how much the attention of a layer still changes from one denoising step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from probe.entry import Entry
+from probe.likeness import Keys, Map, Measure
+from probe.plan import Stage
+from probe.readout.similarity import Compared, map_of
+from probe.site import Branch, Site, Span, Where, chosen
+from probe.word import Prompt
+
+
+class Settling(Compared):
+    """How alike the maps of neighbouring steps are: each selected step against the selected step before it.
+
+    a is the step before and b the step of `values[at]`. The first selected step, also of a resumed run, has no value.
+    Measures, keys, values and errors are those of `Similarity`. A head whose similarity stays near 1 has settled.
+
+    Memory: q, k and lse of the step before stay on the device for every layer and branch, until the last step; with
+    CogVideoX-2B in half precision 139 MB each.
+    """
+
+    label = "settling"
+    entries = 1
+
+    def __init__(
+        self,
+        layers: Span = None,
+        where: Where | None = None,
+        measures: Sequence[Measure] = ("bhattacharyya",),
+        keys: Keys = "all",
+        stage: Stage = Stage.USED,
+    ) -> None:
+        where = where or Where()
+        super().__init__(where if layers is None else replace(where, layers=layers), measures, keys, stage)
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
+        """Forget the last run."""
+        super().begin(prompts, steps, layers)
+        self._before: dict[tuple[Site, Branch], Map] = {}
+        self._last = max(chosen(self.where.steps, steps), default=-1) if steps else -1
+
+    def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
+        """measure -> [H, 2]; None in the first step."""
+        place = replace(entry.site, step=0), entry.branch
+        before, now = self._before.pop(place, None), map_of(entry, self.keys)
+        if entry.site.step != self._last:
+            self._before[place] = Map(*(x.clone() for x in now))
+        return None if before is None else self.compare(before, now, entry.scale, entry.rows)
