@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
+    from probe import mask, measure
     from probe.errors import MmditError
     from probe.layout import Grid, TokenLayout
+    from probe.likeness import similarity
     from probe.models.load import load
     from probe.models.prove import prove
     from probe.plan import Handler, Plan, Stage
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
     from probe.readout.feature import Correspondence, Features
     from probe.readout.frame import FrameMass
     from probe.readout.keep import KeepQK
-    from probe.readout.kept import KeptMass
+    from probe.readout.kept import Blocks, FrameWindow, KeptMass, Tube
     from probe.readout.locality import Locality
     from probe.readout.mass import RegionMass
     from probe.readout.recovery import Recovery
     from probe.readout.saliency import OutputSaliency
     from probe.readout.settling import Settling
-    from probe.readout.similarity import Similarity, similarity
+    from probe.readout.similarity import Similarity
     from probe.readout.sink import Sinks
     from probe.readout.sparsity import Sparsity
     from probe.readout.token import TokenMass
@@ -44,12 +46,14 @@ if TYPE_CHECKING:
 __all__ = [
     "At",
     "Block",
+    "Blocks",
     "Branch",
     "ColumnMass",
     "Correspondence",
     "Entropy",
     "Features",
     "FrameMass",
+    "FrameWindow",
     "Grid",
     "Handler",
     "KeepQK",
@@ -73,10 +77,13 @@ __all__ = [
     "Stage",
     "TokenLayout",
     "TokenMass",
+    "Tube",
     "Where",
     "Which",
     "WordMaps",
     "load",
+    "mask",
+    "measure",
     "prove",
     "record",
     "similarity",
@@ -85,9 +92,11 @@ __all__ = [
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
+    submodules=["mask", "measure"],
     submod_attrs={
         "errors": ["MmditError"],
         "layout": ["Grid", "TokenLayout"],
+        "likeness": ["similarity"],
         "models.load": ["load"],
         "models.prove": ["prove"],
         "plan": ["Handler", "Plan", "Stage"],
@@ -97,12 +106,12 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "readout.feature": ["Correspondence", "Features"],
         "readout.frame": ["FrameMass"],
         "readout.keep": ["KeepQK"],
-        "readout.kept": ["KeptMass"],
+        "readout.kept": ["Blocks", "FrameWindow", "KeptMass", "Tube"],
         "readout.locality": ["Locality"],
         "readout.recovery": ["Recovery"],
         "readout.saliency": ["OutputSaliency"],
         "readout.settling": ["Settling"],
-        "readout.similarity": ["Similarity", "similarity"],
+        "readout.similarity": ["Similarity"],
         "readout.sink": ["Sinks"],
         "readout.sparsity": ["Sparsity"],
         "readout.token": ["TokenMass"],

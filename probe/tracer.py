@@ -6,7 +6,7 @@ sites are sparse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nnsight import save
@@ -35,7 +35,7 @@ class Traced:
         """The pipeline's own call and output; `prompt` tells the words."""
         asked = args[0] if args else kwargs.get("prompt")
         texts = [asked] if isinstance(asked, str) else list(asked or ())
-        return self.run(lambda _: self.pipe(*args, **kwargs), self.tokenize(texts, **kwargs))
+        return self.run(lambda _: self.pipe(*args, **kwargs), texts, call=kwargs)
 
     def tokenize(self, texts: Sequence[str], **call: Any) -> tuple[Prompt, ...]:
         """The prompts as this pipeline's text encoders cut them in a call with the arguments `call`; none if one is
@@ -52,11 +52,18 @@ class Traced:
         layers = 1 + max(slot.layer for slot in slots)
         return Plan(self.handlers, steps, layers, prompts, {slot.kind for slot in slots}, self.fuse)
 
-    def run(self, drive: Callable[[Clock], Any], prompts: Sequence[str | Prompt] = (), tap: Tap | None = None) -> Any:
+    def run(
+        self,
+        drive: Callable[[Clock], Any],
+        prompts: Sequence[str | Prompt] = (),
+        tap: Tap | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> Any:
         """Run `drive(clock)`, which makes the model go however it likes, and return its result.
 
         `drive` may tell the clock each step; else time is read from the model. `prompts` are texts, or what `tokenize`
-        made of them. `tap` is one that is open already.
+        made of them; `call` are arguments of the pipeline's call, which may change how texts are cut. `tap` is one that
+        is open already.
 
         Raises:
             PlanError: handlers clash, or one met no call.
@@ -64,9 +71,9 @@ class Traced:
         """
         if tap is None:
             with Tap(self.pipe.transformer, self.family, *_more(self.pipe)) as fresh:
-                return self.run(drive, prompts, fresh)
-        cut = [prompt for prompt in prompts if isinstance(prompt, Prompt)]
-        run = _Run(self, tap, tuple(cut) or self.tokenize([str(prompt) for prompt in prompts]))
+                return self.run(drive, prompts, fresh, call)
+        cut = tuple(prompt for prompt in prompts if isinstance(prompt, Prompt))  # fast tokenizers serve one thread
+        run = _Run(self, tap, cut or self.tokenize([str(prompt) for prompt in prompts], **(call or {})))
         idle = tap.on_forward, tap.place
         tap.on_forward, tap.place = run.forward, run.place
         try:

@@ -104,7 +104,8 @@ class Bench:
             self._readout("frame to frame", FrameMass()),
             Method("record", "frame to frame, fused with the output", self._fused, False, 1.2, self._fused_error),
             self._readout("column mass", ColumnMass(), 1.1),
-            self._readout("entropy", Entropy(), 1.1),
+            self._readout("entropy", Entropy(participation=False), 1.1),
+            self._readout("entropy and participation", Entropy()),
             self._readout("sparsity, 64 rows a frame", Sparsity()),
         ]
         return methods

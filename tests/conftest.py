@@ -11,6 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
+pytest_plugins = ["tests.capability"]
+
 _seconds: defaultdict[str, float] = defaultdict(float)
 
 

@@ -21,12 +21,13 @@ def test_the_python_tour(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     scope = {}
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     for block in found:
         exec(compile(block, "README.md", "exec"), scope)
     assert scope["run"].word_map("circle", layer=3, step=10).shape == (5, 8, 8)
     assert scope["result"].frames[0][0].size == (64, 64)
     assert scope["maps"].word_map("circle", step=10, layer=3, branch=scope["blue"]).shape == (5, 8, 8)
+    assert scope["frames"].values[scope["at"]].shape == (4, 5, 6)
     assert capsys.readouterr().out.startswith("step 2 layer 4:\n  edit: Transfer(kv from prompt 0 to prompt 1)")
 
 

@@ -39,7 +39,7 @@ class Entropy(Readout):
     - `participation`: 1 / sum_j p_ij^2 = exp(2 lse_i - lse_i(2 scale)), 1 to n_keys (Hill number of order 2).
 
     Joint over all keys that may be seen; `video_conditional` makes every p conditional on the video keys. Two more
-    attentions per call: one with K in place of V, one with doubled logits.
+    attentions per call: one with K in place of V, and one with doubled logits, which `participation=False` spares.
 
     After a run `values[at]` is a dict: name -> float32 [H, 3, 5], row groups ROWS x STATISTICS; a group without tokens
     is NaN. `rows=True` adds `rows`, the entropy of each video row [H, F, Y, X]. Error of the entropy of one row: 5e-5
@@ -49,11 +49,16 @@ class Entropy(Readout):
 
     video_conditional: bool = field(default=False, kw_only=True)
     rows: bool = field(default=False, kw_only=True)
+    participation: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.video_conditional:
             self.kinds = JOINT | {"self"}
+
+    @property
+    def _measured(self) -> dict[str, str]:
+        return {name: said for name, said in _ENTROPY.items() if name != "participation" or self.participation}
 
     @property
     def definitions(self) -> dict[str, str]:
@@ -62,7 +67,7 @@ class Entropy(Readout):
         return {
             f"{name}_{group}{end}": said.format(group) + given
             for group in ("video", "text")
-            for name, said in _ENTROPY.items()
+            for name, said in self._measured.items()
         }
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
@@ -73,19 +78,20 @@ class Entropy(Readout):
             "entropy": entropy,
             "normalised_entropy": entropy / math.log(seen.keys),
             "effective_keys": entropy.exp(),
-            "participation": participation_of(seen),
         }
+        if self.participation:
+            found["participation"] = participation_of(seen)
         made = {name: _summary(values, entry.groups) for name, values in found.items()}
         return made | _video_rows(entry, entropy, self.rows)
 
     def metrics(self, value: Any) -> dict[str, NDArray[np.float32]]:
         """Means over video and over text rows [H]; see `definitions`."""
-        means = [value[name][:, ROWS.index(group), 0] for group in ("video", "text") for name in _ENTROPY]
+        means = [value[name][:, ROWS.index(group), 0] for group in ("video", "text") for name in self._measured]
         return dict(zip(self.definitions, means, strict=True))
 
     def cost(self, layout: TokenLayout) -> float:
-        """All rows against the keys, twice."""
-        return 2 * (layout.grid.size / layout.total if self.video_conditional else 1.0)
+        """All rows against the keys, once or twice."""
+        return (1 + self.participation) * (layout.grid.size / layout.total if self.video_conditional else 1.0)
 
 
 @dataclass(eq=False)

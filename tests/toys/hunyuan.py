@@ -33,7 +33,7 @@ PIECES = r"<\|\w+\|>| ?[A-Za-z]+|\d+|[^\w\s]|\s+"
 def transformer(dtype: torch.dtype = torch.float32) -> HunyuanVideoTransformer3DModel:
     """2 double-stream and 2 single-stream blocks, 2 heads of 16."""
     torch.manual_seed(1)
-    model = HunyuanVideoTransformer3DModel(
+    model: Any = HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
@@ -61,7 +61,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", padding_side="right")
 
 
-def llama(vocabulary: int) -> LlamaModel:
+def llama(vocabulary: int) -> Any:
     """3 layers of width 16: the pipeline takes the hidden states two layers before the last."""
     torch.manual_seed(2)
     config = LlamaConfig(
@@ -79,22 +79,25 @@ def llama(vocabulary: int) -> LlamaModel:
 def autoencoder() -> AutoencoderKLHunyuanVideo:
     """4 latent channels, 8 x in space and 4 x in time."""
     torch.manual_seed(3)
+    widths: Any = (4, 4, 4, 4)
     return AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+        latent_channels=4, block_out_channels=widths, layers_per_block=1, norm_num_groups=2
     ).eval()
 
 
 def pipeline(dtype: torch.dtype = torch.float32) -> Any:
     """9 pixel frames of 32 x 48."""
-    words, pooled = tokenizer(), clip_tokenizer()
+    words: Any = tokenizer()
+    pooled = clip_tokenizer()
     torch.manual_seed(4)
+    clip: Any = CLIPTextModel(clip_config(pooled, 8)).eval()
     pipe = HunyuanVideoPipeline(
         text_encoder=llama(len(words)).to(dtype),
         tokenizer=words,
         transformer=transformer(dtype),
         vae=autoencoder(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=CLIPTextModel(clip_config(pooled, 8)).eval().to(dtype),
+        text_encoder_2=clip.to(dtype),
         tokenizer_2=pooled,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -41,10 +41,11 @@ def transformer() -> MochiTransformer3DModel:
 def autoencoder() -> AutoencoderKLMochi:
     """4 latent channels."""
     torch.manual_seed(3)
+    widths: Any = (32, 32, 32, 32)
     return AutoencoderKLMochi(
         latent_channels=4,
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
         layers_per_block=(1, 1, 1, 1, 1),
     ).eval()
 

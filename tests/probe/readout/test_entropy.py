@@ -135,3 +135,12 @@ def test_log_normaliser_equals_the_logits(dtype, given):
     metrics = readout.metrics(value)
     assert list(metrics) == list(readout.definitions)
     assert np.array_equal(metrics["lse_video"], value["lse"][:, 2, 0])
+
+
+def test_participation_can_be_spared():
+    whole, spared = Entropy(), Entropy(participation=False)
+    made, less = (calls.value_of(readout, calls.one_call()) for readout in (whole, spared))
+    assert set(made) - set(less) == {"participation"}
+    assert np.array_equal(made["entropy"], less["entropy"], equal_nan=True)
+    assert set(spared.metrics(less)) == set(spared.definitions)
+    assert spared.cost(calls.one_call().layout) == whole.cost(calls.one_call().layout) / 2
