@@ -8,13 +8,13 @@ import typer
 
 from probe.errors import UsageError
 from recipes import console
+from recipes.cli_read import Format
 
 if TYPE_CHECKING:
     from recipes.bench import Method
 
 app = typer.Typer(help="Timings side by side with plain attention: attention, record.", no_args_is_help=True)
 
-Format = Annotated[Literal["text", "json"], typer.Option("--format", help="text for people, json for programs")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

@@ -92,7 +92,7 @@ def _phrases(prompts: Sequence[str]) -> list[str]:
 
 def _collect(readout: probe.WordMaps, prompt: int) -> dict[str, dict[str, NDArray[Any]]]:
     """Means over the recorded sites of one prompt's branch."""
-    kept = [(branch, found) for (_, branch, _), found in readout.maps.items() if branch.prompt == prompt]
+    kept = [(at.branch, found) for at, found in readout.values.items() if at.branch.prompt == prompt]
     words = readout.words_of[kept[0][0]]
     means = {name: np.mean([found[name][0] for _, found in kept], axis=0) for name in ("vt", "tv")}
     return {name: dict(zip(words, mean, strict=True)) for name, mean in means.items()}
