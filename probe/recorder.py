@@ -57,6 +57,12 @@ class Recorder:
         seen = {readout: _of(readout, step, branch) for readout in self.readouts}
         stacked = {readout: found for readout, found in seen.items() if found and readout.stored != "qk"}
         layers = _common(stacked)
+        metrics = _metrics(stacked, layers)
+        tables: dict[str, Any] = {
+            readout.stored: np.stack([readout.table(found[layer][1]) for layer in layers])
+            for readout, found in stacked.items()
+            if readout.stored in ("mass", "frames", "columns", "token_mass")
+        }
         return SegmentRecord(
             segment=branch.segment,
             role=branch.role,
@@ -69,15 +75,11 @@ class Recorder:
             tokens=_tokens(self.prompts[branch.nearest].first(layout.text)),
             layers=tuple(layers),
             kinds=tuple(layers.values()),
-            metrics=(metrics := _metrics(stacked, layers)),
+            metrics=metrics,
             metric_info={n: text for readout in stacked for n, text in readout.definitions.items() if n in metrics},
             qk=_kept(seen),
             **_maps(stacked, branch, layers),
-            **{
-                readout.stored: np.stack([readout.table(found[layer][1]) for layer in layers])
-                for readout, found in stacked.items()
-                if readout.stored in ("mass", "frames", "columns", "token_mass")
-            },
+            **tables,
         )
 
 

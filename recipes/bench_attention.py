@@ -132,7 +132,7 @@ class Bench:
     def _fused_error(self) -> float:
         call, exact = self.call(*self.tensors), self._double()
         call.run_in_parts()
-        out = F.scaled_dot_product_attention(*exact)
+        out = F.scaled_dot_product_attention(exact[0], exact[1], exact[2])
         assert call.out is not None
         return float((call.out.double() - out).abs().max() / out.abs().max())
 
@@ -140,8 +140,8 @@ class Bench:
         """Softmax over the whole matrix, head mean of the map, sums over rows and columns."""
         q, k, v = self.tensors
         weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
-        weights @ v
-        weights.mean(1), weights.sum(-2), (weights * weights.clamp_min(1e-30).log()).sum(-1)
+        _ = weights @ v
+        _ = weights.mean(1), weights.sum(-2), (weights * weights.clamp_min(1e-30).log()).sum(-1)
 
 
 def _reduce(readout: Readout, call: AttentionCall) -> Any:

@@ -106,7 +106,7 @@ def _random(shape: Shape, device: str, dtype: torch.dtype) -> Any:
     from diffusers import CogVideoXTransformer3DModel
 
     torch.manual_seed(0)
-    model = CogVideoXTransformer3DModel(
+    model: Any = CogVideoXTransformer3DModel(
         num_attention_heads=shape.heads,
         attention_head_dim=shape.width,
         num_layers=LAYERS,

@@ -10,12 +10,11 @@ from typing import Any
 from control.schedule import dynamic_guidance, refuse_frames, refuse_steps
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
-from probe.errors import ModelError, UsageError
+from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.models.cogvideox import COGVIDEOX, clip_frames
 from probe.models.family import Family
-from probe.models.load import card, locate
-from probe.models.registry import family_named
+from probe.models.load import card, checkpoints_of
 from probe.site import Where
 from recipes.recipe import Auto, Recipe
 
@@ -99,10 +98,9 @@ def prepare(recipe: Recipe) -> Job:
         ModelError: the model is not there or of an unknown family.
         UsageError: numbers that do not fit it (overlap, windows), or more than its stock pipeline can do.
     """
-    place = locate(recipe.model)
-    config = _config(place)
-    family = family_named(config.get("_class_name", "no class name"))
-    defaults = _call_defaults(family) | card(place)
+    checkpoint = checkpoints_of(recipe.model)[0]
+    family, config = checkpoint.family, checkpoint.config()
+    defaults = _call_defaults(family) | card(checkpoint.model)
     steps = int(_number(recipe.sampler.steps, defaults["num_inference_steps"]))
     guidance = float(_number(recipe.sampler.guidance, defaults["guidance_scale"]))
     size = _size(family, config, defaults | recipe.call)
@@ -178,26 +176,6 @@ def _span(bounds: tuple[int, int] | Auto, n: int, name: str, what: str) -> range
     if bounds[1] > n:
         raise UsageError(f"{name} must lie within [0, {n}), the {what} of this run. Got {list(bounds)}. Lower its end.")
     return range(*bounds)
-
-
-def _config(place: str) -> dict[str, Any]:
-    """The transformer's configuration alone."""
-    from diffusers import ModelMixin
-    from diffusers.configuration_utils import ConfigMixin
-
-    class Reader(ModelMixin, ConfigMixin):
-        """Reads the configuration of any model."""
-
-        config_name = "config.json"
-
-    try:
-        return dict(Reader.load_config(place, subfolder="transformer"))
-    except Exception as error:  # diffusers and the hub raise what they like
-        cause = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"A model's configuration must be readable. Got {place}: {type(error).__name__}: {cause}. Check the id or "
-            "folder."
-        ) from error
 
 
 def _call_defaults(family: Family) -> dict[str, Any]:

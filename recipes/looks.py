@@ -14,7 +14,7 @@ from probe.readout.mass import RegionMass
 from probe.readout.sink import Sinks
 from probe.readout.sparsity import Sparsity
 from probe.readout.token import TokenMass
-from probe.readout.word import WordMaps
+from probe.readout.word import Direction, WordMaps
 from probe.site import JOINT, Where
 from recipes.recipe import Record
 
@@ -38,7 +38,8 @@ def readouts(record: Record, where: Where, steps: int, layers: int, kinds: Colle
 
     A model whose text does not look at the video (Wan) has no `tv` maps: they are left out.
     """
-    directions = [d for d in record.directions if d == "vt" or JOINT & set(kinds)] or ["vt"]
+    alone = not JOINT & set(kinds)
+    directions: list[Direction] = ["vt"] if alone else list(record.directions)
     maps = WordMaps(*record.words, where=where, directions=directions, per_head=record.heads == "each", most=MOST_WORDS)
     found: list[Readout] = [maps]
     found += [RegionMass(where=where)] if record.mass else []

@@ -81,6 +81,20 @@ class Checkpoint:
     model: str
     part: str = ""
 
+    def config(self) -> dict[str, Any]:
+        """The transformer's configuration.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        import diffusers
+
+        kind: Any = getattr(diffusers, self.family.transformer)
+        try:
+            return kind.load_config(self.model, subfolder=self.part or None)
+        except Exception as error:  # as above
+            raise _unloadable("configuration", self.model, error) from error
+
     def load(self, *, device: str | None = None, dtype: Any = None) -> Bare:
         """The transformer alone, in evaluation mode; `device` and `dtype` as in `load`.
 

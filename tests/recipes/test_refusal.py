@@ -132,8 +132,9 @@ def test_a_corrupted_checkpoint(capsys, toy, tmp_path):
 def test_an_unknown_family(capsys, toy, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(toy, other)
-    config = json.loads((other / "transformer" / "config.json").read_text())
-    (other / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": "LatteTransformer3DModel"}))
+    index = json.loads((other / "model_index.json").read_text())
+    index["transformer"][1] = "LatteTransformer3DModel"
+    (other / "model_index.json").write_text(json.dumps(index))
     line = refused(capsys, story(str(other), tmp_path / "run"), 1)
     assert "Got LatteTransformer3DModel" in line
     assert "Known: CogVideoX (CogVideoXTransformer3DModel)" in line
@@ -152,6 +153,7 @@ def test_an_unexpected_error_is_a_sentence_and_debug_shows_it(capsys, toy, tmp_p
 
 def test_without_the_model_libraries(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "probe.models.prove", None)
+    monkeypatch.delitem(sys.modules, "recipes.checkup", raising=False)
     assert "Got no probe.models.prove. Run: pip install" in refused(capsys, ["check", toy], 1)
 
 
