@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probe.errors import MmditError, UsageError
-from recipes import console
+from probe.errors import MmditError
+from recipes import cli_read, console
+from recipes.cli_bench import app as bench_app
+from recipes.cli_read import Format
 
 if TYPE_CHECKING:
     from recipes.recipe import Recipe
@@ -24,8 +26,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes: list, show, validate, schema.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(bench_app, name="bench")
 
-Format = Annotated[Literal["text", "json"], typer.Option("--format", help="text for people, json for programs")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<date>-<name> by default.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier run in that folder.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="miniature, a pipeline folder or a hub id.")]
@@ -143,48 +145,23 @@ def schema() -> None:
     console.data(Recipe.model_json_schema())
 
 
-@app.command()
-def maps(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    word: Annotated[str | None, typer.Option(help="A recorded word; without it, what there is.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Mean over the recorded ones by default.")] = None,
-    step: Annotated[int | None, typer.Option(help="Mean over the recorded ones by default.")] = None,
-    head: Annotated[int | None, typer.Option(help="Mean over the recorded ones by default.")] = None,
-    segment: Annotated[int | None, typer.Option(help="Segment of a longer video.")] = None,
-    direction: Annotated[Literal["vt", "tv"], typer.Option(help="vt: video looks at the word; tv: back.")] = "vt",
-    export: Annotated[Literal["npz", "csv", "gif", "mp4", "png"] | None, typer.Option(help="Write a file.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write it; in the run folder.")] = None,
-    format: Format = "text",
-) -> None:
-    """Word maps of a run: numbers, or heat over its frames."""
-    from probe.store import Run
-    from recipes import heatmap
-
-    opened = Run(folder)
-    if word is None:
-        if export is not None or out is not None:
-            raise UsageError(f"An export must name its --word. Got none. Recorded words: {', '.join(opened.words)}.")
-        console.facts(str(folder), console.contents(opened), format)
-        return
-    picked = heatmap.choose(opened, word, layer, step, head, segment, direction)
-    if export is None and out is None:
-        console.facts(f"{word} in {folder}", heatmap.summary(picked), format)
-        return
-    console.facts("written", {"file": str(heatmap.export(opened, picked, export, out))}, format)
+for read in (cli_read.maps, cli_read.mask, cli_read.diff):
+    app.command()(read)
 
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(help="miniature, a pipeline folder or a hub id.")] = "miniature",
+    model: Annotated[
+        str, typer.Argument(help="miniature, a folder of a pipeline or a transformer, or a hub id.")
+    ] = "miniature",
     device: Device = None,
     format: Format = "text",
 ) -> None:
     """Prove that this model's attention is read and rewritten exactly; exit 1 if not."""
     _quiet_libraries()
-    from probe.models.load import load
-    from probe.models.prove import prove
+    from recipes.checkup import examine
 
-    findings = prove(load(model, device=device))
+    findings = examine(model, device)
     console.table(f"check {model}", [vars(finding) for finding in findings], format)
     if not all(finding.passed for finding in findings):
         raise MmditError(next(f.sentence for f in findings if not f.passed))

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probe import film
-from probe.errors import StoreError, UsageError
+from probe.errors import UsageError
 from probe.store import Run
+from recipes.export import Writer, npz, write
 
 
 @dataclass(frozen=True)
@@ -97,56 +98,45 @@ def export(run: Run, picked: Picked, kind: str | None, out: Path | None) -> Path
     """Write a map as npz, csv, png (contact sheet), gif or mp4 (heat over the frames).
 
     Raises:
-        UsageError: pictures are asked for and the run has no video.
+        UsageError: pictures are asked for and the run has no video; see also `recipes.export.write`.
         StoreError: the file cannot be written.
     """
-    kind = kind or (out.suffix[1:] if out else "")
-    if kind not in _WRITERS or (out is not None and out.suffix != f".{kind}"):
-        raise UsageError(
-            f"An export must be a file ending in {', '.join('.' + name for name in _WRITERS)}. Got {out or kind}. "
-            "Name --out by its kind, or leave it out."
-        )
-    path = out or run.path / f"{picked.word.replace(' ', '_')}_{picked.direction}.{kind}"
-    try:
-        _WRITERS[kind](run, picked, path)
-    except OSError as error:
-        raise StoreError(
-            f"An export must be written to disk. Got '{error.strerror or error}' for {path}. Choose another --out."
-        ) from error
-    return path
+    writers: dict[str, Writer] = {
+        "npz": lambda path: npz(path, {"lift": picked.lift, "title": np.array(picked.title)}),
+        "csv": lambda path: _csv(picked, path),
+        **pictures(run, picked, picked.title),
+    }
+    return write(writers, kind, out, run.path / f"{picked.word.replace(' ', '_')}_{picked.direction}")
 
 
-def _npz(run: Run, picked: Picked, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, lift=picked.lift, title=np.array(picked.title))
+def pictures(run: Run, picked: Picked, caption: str, opacity: float = 0.9) -> dict[str, Writer]:
+    """What writes a map over the frames of its run as png, gif or mp4; the peak covers a frame by `opacity`."""
+
+    def heated() -> film.Frames:
+        return _heat(run, picked, opacity)[1]
+
+    def sheet(path: Path) -> None:
+        frames, over = _heat(run, picked, opacity)
+        plain, notes = film.pick(frames, 9)
+        rows = [film.Row("frames", plain), film.Row(caption, film.pick(over, 9)[0], notes)]
+        film.contact_sheet(path, ", then ".join(run.info["prompts"]), rows)
+
+    fps = int(run.info.get("fps", 8))
+    return {
+        "gif": lambda path: film.save_gif(path, heated(), fps),
+        "mp4": lambda path: film.save_mp4(path, heated(), fps),
+        "png": sheet,
+    }
 
 
-def _csv(run: Run, picked: Picked, path: Path) -> None:
+def _csv(picked: Picked, path: Path) -> None:
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["frame", "row", "column", "lift"])
         rows.writerows([*(int(i) for i in at), float(value)] for at, value in np.ndenumerate(picked.lift))
 
 
-def _gif(run: Run, picked: Picked, path: Path) -> None:
-    film.save_gif(path, _heat(run, picked)[1], int(run.info.get("fps", 8)))
-
-
-def _mp4(run: Run, picked: Picked, path: Path) -> None:
-    film.save_mp4(path, _heat(run, picked)[1], int(run.info.get("fps", 8)))
-
-
-def _png(run: Run, picked: Picked, path: Path) -> None:
-    frames, heated = _heat(run, picked)
-    plain, notes = film.pick(frames, 9)
-    rows = [film.Row("frames", plain), film.Row(picked.title, film.pick(heated, 9)[0], notes)]
-    film.contact_sheet(path, ", then ".join(run.info["prompts"]), rows)
-
-
-_WRITERS = {"npz": _npz, "csv": _csv, "gif": _gif, "mp4": _mp4, "png": _png}
-
-
-def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
+def _heat(run: Run, picked: Picked, opacity: float = 0.9) -> tuple[film.Frames, film.Frames]:
     """The pixel frames of the segment, and the same under the heat of the map."""
     if run.video is None:
         raise UsageError(
@@ -154,11 +144,11 @@ def _heat(run: Run, picked: Picked) -> tuple[film.Frames, film.Frames]:
         )
     frames = _frames(run)
     if picked.segment is None:
-        return frames, film.overlay(frames, picked.lift)
+        return frames, film.overlay(frames, picked.lift, opacity)
     whole, start = _stitch(run, {picked.segment: picked.lift}), _starts(run)[picked.segment]
     tokens = film.frames_of_tokens(len(frames), len(whole))
     inside = (tokens >= start) & (tokens < start + len(picked.lift))
-    return frames[inside], film.overlay(frames, whole)[inside]
+    return frames[inside], film.overlay(frames, whole, opacity)[inside]
 
 
 def _frames(run: Run) -> film.Frames:

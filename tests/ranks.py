@@ -20,13 +20,14 @@ HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate", "torchme
 """Importing any of these imports torch."""
 
 LIGHT = (
-    *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film")),
-    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "heatmap", "console", "cli")),
+    *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film", "measure", "contrast", "mask")),
+    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "console", "cli", "cli_read", "cli_bench")),
+    *(f"recipes/{name}.py" for name in ("heatmap", "maskfile", "export", "origin", "pair", "compare")),
     "dashboards/*",
 )
 """Files that must be importable without torch."""
 
-LATE = ("recipes/cli.py",)
+LATE = ("recipes/cli.py", "recipes/cli_bench.py")
 """Light files that may import torch inside a function: a command loads what it needs when it runs."""
 
 
