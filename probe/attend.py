@@ -95,8 +95,9 @@ def probabilities(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None)
     rounding them would cost 2e-2 of the weights.
     """
     acc = exact_dtype(q.dtype)
-    scores = torch.matmul(q.to(acc), k.to(acc).transpose(-1, -2)).mul_(scale_of(q, scale))
-    return scores.sub_(lse.unsqueeze(-1)).exp_()
+    rows, columns, shift = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(acc), k.to(acc).mT, -lse.unsqueeze(-1)))
+    weights = torch.baddbmm(shift, rows, columns, alpha=scale_of(q, scale)).exp_()
+    return weights.view(*q.shape[:-1], k.shape[-2])
 
 
 def mass(state: State, total: Tensor) -> Tensor:

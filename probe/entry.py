@@ -83,11 +83,20 @@ class Entry:
     @cached_property
     def shares(self) -> Tensor:
         """Probability each row puts on each part of the columns, [H, N, parts]: frames in order, then text (padding
-        included) if there is any. One small attention per part; sums to one.
+        included) if there is any; sums to one.
+
+        In single and double precision one attention with the parts as one-hot values; in half precision, which would
+        round these, one small attention per part.
         """
         if self.given_shares is not None:
             return self.given_shares
-        return torch.stack([torch.exp(self.part(part) - self.lse) for part in self.columns.parts()], -1)
+        parts = self.columns.parts()
+        if self.q.dtype != attend.exact_dtype(self.q.dtype) or len(parts) > self.v.shape[-1]:
+            return torch.stack([torch.exp(self.part(part) - self.lse) for part in parts], -1)
+        places = torch.zeros_like(self.k)
+        for index, part in enumerate(parts):
+            places[:, part, index] = 1
+        return self.attend(places)[..., : len(parts)]
 
     @property
     def has_shares(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -34,8 +33,7 @@ class ColumnMass(Readout):
     """`c_j`: mean over the rows of a group of the probability p_ij that falls on key j, joint over all keys.
 
     After a run `values[at]` is a dict: `mass` float32 [H, 4, N] over GROUPS x keys, each row summing to one, NaN for a
-    group without tokens; `text` and `first_frame` float32 [H], what the video rows give to the text, and those of later
-    frames to frame 0. What is stored is `mass` of all rows. Large: 8.5 MB per call of CogVideoX-2B.
+    group without tokens; `text` float32 [H], what the video rows give to the text. What is stored is `mass` of all rows. Large: 8.5 MB per call of CogVideoX-2B.
 
     Exact, by one swapped call per group over its own rows, together the work of one attention; see `probe.transpose`.
     Relative error 1e-5 in float32, 2e-4 in half precision. Source: this identity; sinks as in Xiao et al. 2024
@@ -47,11 +45,10 @@ class ColumnMass(Readout):
         "sink_score": "mass of the strongest column over the video rows, max_j c_j, 1 / N to 1",
         "sink_mass": SINK_MASS,
         "text_mass": TEXT_MASS,
-        "first_frame_mass": "mass of the video rows of later frames on frame 0, 0 to 1, NaN for one frame",
     }
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
-        """`mass` [H, 4, N], `text` and `first_frame` [H]."""
+        """`mass` [H, 4, N] and `text` [H]."""
         video = video_columns(entry)
         means = [_columns(entry, entry.groups[name]) for name in ("text", "padding")]
         sizes = torch.stack([entry.groups[name].sum() for name in ROWS]).to(video.dtype)
@@ -60,12 +57,11 @@ class ColumnMass(Readout):
         return {
             "mass": torch.cat([every[:, None], means], 1),
             "text": video[:, entry.columns.text_slice].sum(-1),
-            "first_frame": _on_first_frame(entry),
         }
 
     def cost(self, layout: TokenLayout) -> float:
-        """One attention, and the columns of one frame."""
-        return 1.0 + layout.grid.patches / layout.total
+        """One attention."""
+        return 1.0
 
     def metrics(self, value: Any) -> dict[str, NDArray[np.float32]]:
         """See `definitions`."""
@@ -74,7 +70,6 @@ class ColumnMass(Readout):
             "sink_score": measure.sink_score(video),
             "sink_mass": measure.sink_mass(video, TAU),
             "text_mass": value["text"],
-            "first_frame_mass": value["first_frame"],
         }
 
     def table(self, value: Any) -> NDArray[np.float32]:
@@ -93,11 +88,3 @@ def _columns(entry: Entry, rows: slice | Tensor) -> Tensor:
     """Mean over some rows of p_ij, [H, M]; NaN over none."""
     q, lse = entry.q[:, rows], entry.lse[:, rows]
     return column_sums(q, entry.k, lse, entry.scale) / lse.shape[1]
-
-
-def _on_first_frame(entry: Entry) -> Tensor:
-    """Mass of the rows of later frames on frame 0, [H]."""
-    if entry.columns.frames < 2:
-        return torch.full_like(entry.lse[:, 0], math.nan)
-    later = slice(entry.rows.frame_slice(1).start, entry.rows.video_slice.stop)
-    return torch.exp(entry.part(entry.columns.frame_slice(0), later) - entry.lse[:, later]).mean(-1)
