@@ -59,6 +59,7 @@ class Transfer(Handler):
         index = list(range(len(call.branches)))
         for row in rows:
             index[row] = self._source_row(call, row)
+            self._refuse_hidden(call, row, index[row])
         if index == list(range(len(index))):
             return
         call.rebind(**{name: self._take(getattr(call, name), call.own[name], index) for name in self.tensors})
@@ -72,6 +73,15 @@ class Transfer(Handler):
                 mixed[row, heads] = own[source, heads]
         return mixed
 
+    def _refuse_hidden(self, call: AttentionCall, row: int, source: int) -> None:
+        """A row keeps its own mask: where padding is hidden, keys of a longer or shorter text do not fit under it."""
+        if call.visible is not None and call.visible[row] != call.visible[source] and self.touches & set("kv"):
+            raise PlanError(
+                f"Keys and values must come from a prompt of the same length where padding is hidden. Got "
+                f"{call.visible[source]} visible keys for {call.visible[row]} at {call.site}. Make the prompts equally "
+                "long, or transfer q alone."
+            )
+
     def _source_row(self, call: AttentionCall, row: int) -> int:
         branch = call.branches[row]
         source = replace(branch, prompt=self.source) if isinstance(self.source, int) else self.source(branch)
@@ -81,6 +91,7 @@ class Transfer(Handler):
             there = "; ".join(str(b) for b in call.branches)
             raise PlanError(
                 f"The source of a Transfer must be in the same attention call. Got {source} at {call.site}, which "
-                f"has: {there}. Generate source and target in one batch."
+                f"has: {there}. Generate source and target in one batch, on a family that attends to all of it at once "
+                "(Mochi does not)."
             )
         return call.branches.index(source)

@@ -111,7 +111,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
 
 
 def _partial(q: Tensor, k: Tensor, v: Tensor, scale: float | None, bias: Tensor | None) -> State:
-    if q.shape[-2] == 0 or k.shape[-2] == 0:  # process death in the CPU kernel
+    if q.numel() == 0 or k.numel() == 0:  # process death in the CPU kernel
         lse = torch.full(q.shape[:-1], -math.inf, device=q.device, dtype=exact_dtype(q.dtype))
         return State(q.new_zeros((*q.shape[:-1], v.shape[-1])), lse)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # wrong numbers otherwise

@@ -70,27 +70,30 @@ class Clock:
         self.step, self.turn = step, self.turn + 1 if step == before else 0
 
 
-def branches_of(batch: int, prompts: int, name: str | None, pipe: Any) -> tuple[Branch, ...]:
-    """The batch entries of a stock pipeline's forward.
+def branches_of(batch: int, prompts: int, copies: int, name: str | None, pipe: Any) -> tuple[Branch, ...]:
+    """The batch entries of a stock pipeline's forward, for `prompts` prompts (0: not known) of `copies` videos each,
+    which stand side by side.
 
-    A forward named cond or uncond is one half of guidance; any other holds [unconditional.., conditional..] if the
-    pipeline guides, else the conditional half alone. `prompts` is how many the run was told, 0 if none; several videos
-    of a prompt stand side by side.
+    A forward named cond or uncond is one half of guidance. Any other holds [unconditional.., conditional..] or the
+    conditional half alone: its batch says which, or whether the pipeline guides where prompts are not known.
 
     Raises:
         TapError: which half a forward is cannot be told.
     """
-    halves = (name == "cond",)
-    if name is None and batch == prompts and _guides(pipe):
+    each = prompts * copies
+    if name in ("cond", "uncond"):
+        halves: tuple[bool, ...] = (name == "cond",)
+    elif name is None and batch == each and _guides(pipe):
         raise TapError(
             "A forward of a pipeline that guides must be named or hold both halves. Got an unnamed one of "
             f"{batch} batch entries for {prompts} prompts by {type(pipe).__name__}. Tell the clock its branches."
         )
-    if name not in ("cond", "uncond"):
-        halves = (False, True) if batch % 2 == 0 and batch != prompts and _guides(pipe) else (True,)
-    each = batch // len(halves)
-    copies = max(1, each // prompts) if prompts else 1
-    return tuple(Branch(prompt=i // copies, guided=guided) for guided in halves for i in range(each))
+    else:
+        doubled = batch == 2 * each if each and batch in (each, 2 * each) else batch % 2 == 0 and _guides(pipe)
+        halves = (False, True) if doubled else (True,)
+    side = batch // len(halves)
+    copies = max(1, side // prompts) if prompts else copies
+    return tuple(Branch(prompt=i // copies, guided=guided, copy=i % copies) for guided in halves for i in range(side))
 
 
 def _guides(pipe: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 
 from probe.call import AttentionCall
-from probe.errors import PlanError
+from probe.errors import PlanError, UsageError
 from probe.layout import TokenLayout
 from probe.site import KINDS, Site, Where, chosen
 from probe.word import Prompt
@@ -59,7 +59,10 @@ class Handler(ABC):
 
 
 class Plan:
-    """Handlers bound to a model of `layers` layers with attention of `kinds`, and a run of `steps` steps.
+    """Handlers bound to a model of `layers` layers and a run of `steps` steps.
+
+    `places` are the (layer, kind) of its attention modules, or every layer has all `kinds`; `heads` is how many heads
+    each has, None if not known.
 
     `fuse` lets readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
 
@@ -74,19 +77,18 @@ class Plan:
         layers: int,
         prompts: Sequence[Prompt] = (),
         kinds: Collection[str] = ("joint",),
+        places: Collection[tuple[int, str]] | None = None,
+        heads: int | None = None,
         fuse: bool = False,
     ) -> None:
         self.handlers = tuple(sorted(handlers, key=lambda h: (h.stage, h.rank)))
-        self.steps, self.layers, self.kinds, self.fuse = steps, layers, frozenset(kinds), fuse
+        self.steps, self.layers, self.heads, self.fuse = steps, layers, heads, fuse
+        self.places = frozenset(places or ((layer, kind) for layer in range(layers) for kind in kinds))
         self._served: Counter[int] = Counter()
         self._cache: dict[Site, tuple[Handler, ...]] = {}
         for handler in self.handlers:
             handler.begin(prompts, steps, layers)
-            if not (chosen(handler.where.steps, steps) and chosen(handler.where.layers, layers)):
-                raise PlanError(
-                    f"A handler must select at least one attention call. Got {handler}, which selects none of {steps} "
-                    f"steps and {layers} layers. Widen its where."
-                )
+            self._refuse_nothing(handler)
             self._refuse_kind(handler)
         self._refuse_clashes()
 
@@ -129,18 +131,47 @@ class Plan:
         """Predicted extra attention work of the whole run, as a share of its plain attention."""
         work = 0.0
         for handler in self.handlers:
-            calls = len(chosen(handler.where.steps, self.steps)) * len(chosen(handler.where.layers, self.layers))
-            work += handler.cost(layout) * calls
-        return work / (self.steps * self.layers)
+            calls = len(chosen(handler.where.steps, self.steps)) * len(self._matched(handler))
+            heads = len(chosen(handler.where.heads, self.heads)) / self.heads if self.heads else 1.0
+            work += handler.cost(layout) * calls * heads
+        return work / (self.steps * len(self.places))
+
+    def _refuse_nothing(self, handler: Handler) -> None:
+        spans = {"steps": (handler.where.steps, self.steps), "layers": (handler.where.layers, self.layers)}
+        if self.heads is not None:
+            spans["heads"] = (handler.where.heads, self.heads)
+        for name, (span, count) in spans.items():
+            try:
+                some = chosen(span, count)
+            except UsageError as error:
+                raise PlanError(f"The {name} of {handler} do not fit this model. {error}") from error
+            if not some:
+                raise PlanError(
+                    f"A handler must select at least one attention call. Got {handler}, which selects none of {count} "
+                    f"{name}. Widen its where."
+                )
+
+    def _matched(self, handler: Handler) -> set[tuple[int, str]]:
+        """The (layer, kind) a handler is served at."""
+        layers, asked = set(chosen(handler.where.layers, self.layers)), handler.where.kinds
+        return {
+            (layer, kind)
+            for layer, kind in self.places
+            if layer in layers and (asked is None or kind in asked) and (handler.kinds is None or kind in handler.kinds)
+        }
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of attention the model has."""
+        return frozenset(kind for _, kind in self.places)
 
     def _refuse_kind(self, handler: Handler) -> None:
-        asked = self.kinds if handler.where.kinds is None else self.kinds & set(handler.where.kinds)
-        if not asked or (handler.kinds is not None and not asked & handler.kinds):
+        if not self._matched(handler):
             can = sorted(handler.kinds or KINDS)
             raise PlanError(
                 f"A handler must select attention of a kind it can read. Got {handler}, which reads {', '.join(can)} "
-                f"attention, in a model with {', '.join(sorted(self.kinds))} attention. Widen its where, or choose "
-                "another."
+                f"attention, in a model with {', '.join(sorted(self.kinds))} attention, at layers and kinds that it "
+                "does not have together. Widen its where, or choose another."
             )
 
     def _refuse_clashes(self) -> None:

@@ -76,7 +76,8 @@ def _fused(attend: Callable[[Route], Tensor]) -> Callable[..., Tensor]:
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **rest)
 
-        return attend(Route(query, key, value, attn_mask, rest.get("scale"), own, native=True))
+        q, k, v = (_as_attended(x) for x in (query, key, value))
+        return attend(Route(q, k, v, attn_mask, rest.get("scale"), own, native=True))
 
     return routed
 
@@ -89,10 +90,18 @@ def _dispatched(stock: Any, attend: Callable[[Route], Tensor]) -> Callable[..., 
             return _swap(stock(_swap(q), _swap(k), _swap(v), attn_mask=attn_mask, **rest))
 
         native = _is_native(rest.get("backend")) and rest.get("parallel_config") is None
-        route = Route(_swap(query), _swap(key), _swap(value), attn_mask, rest.get("scale"), own, native)
-        return _swap(attend(route))
+        q, k, v = (_swap(_as_attended(x)) for x in (query, key, value))
+        return _swap(attend(Route(q, k, v, attn_mask, rest.get("scale"), own, native)))
 
     return routed
+
+
+def _as_attended(tensor: Tensor) -> Tensor:
+    """In the dtype that attention has under autocast, which casts its inputs itself."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _swap(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from probe.call import AttentionCall
@@ -34,10 +35,12 @@ def after_attention(call: AttentionCall, plan: Plan, out: Tensor) -> Tensor:
 
 
 def _serve(call: AttentionCall, plan: Plan, handlers: list[Handler]) -> None:
+    """Outside of autocast: a readout keeps its precision whatever the model runs in."""
     for handler in handlers:
         rows = handler.where.rows(call.branches)
         if rows:
-            handler.serve(call, rows)
+            with torch.autocast(call.q.device.type, enabled=False):
+                handler.serve(call, rows)
             plan.served(handler)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
 
 from probe.errors import UsageError
 
@@ -39,7 +40,8 @@ class Branch:
     """What one batch entry of one call is.
 
     `prompt` is an index into the prompts of the run. An interpolated condition is `(1 - mix)` of it and `mix` of the
-    next one. `guided` is True for the conditional half of classifier-free guidance.
+    next one. `guided` is True for the conditional half of classifier-free guidance. `copy` counts the videos of a
+    prompt where a call makes several.
     """
 
     prompt: int = 0
@@ -47,6 +49,7 @@ class Branch:
     role: str = "plain"
     guided: bool = True
     mix: float = 0.0
+    copy: int = 0
 
     @property
     def nearest(self) -> int:
@@ -55,7 +58,8 @@ class Branch:
 
     def __str__(self) -> str:
         half = "conditional" if self.guided else "unconditional"
-        return f"{half} prompt {self.prompt} segment {self.segment} {self.role}"
+        copy = f" copy {self.copy}" if self.copy else ""
+        return f"{half} prompt {self.prompt} segment {self.segment} {self.role}{copy}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Which:
     segment: int | None = None
     role: str | None = None
     guided: bool | None = None
+    copy: int | None = None
 
     def __call__(self, branch: Branch) -> bool:
         asked = {name: value for name, value in vars(self).items() if value is not None}
@@ -139,7 +144,7 @@ def chosen(span: Span, n: int) -> tuple[int, ...]:
         return tuple(range(*span.indices(n)))
     if isinstance(span, Progress):
         return tuple(i for i in range(n) if span.start <= i / n < span.stop)
-    wanted = {span} if isinstance(span, int) else set(span)
+    wanted = {int(i) for i in ((span,) if isinstance(span, Integral) else span)}
     outside = sorted(i for i in wanted if not -n <= i < n)
     if outside:
         raise UsageError(f"A selection must lie in 0 to {n - 1}. Got {outside}. Choose among those {n}.")
@@ -150,10 +155,11 @@ def _in(span: Span, value: int) -> bool:
     """For axes without a known length: turns."""
     if span is None:
         return True
-    if isinstance(span, int):
-        return value == span
     if isinstance(span, slice):
-        return (span.start or 0) <= value < (value + 1 if span.stop is None else span.stop)
+        start, stop = span.start or 0, value + 1 if span.stop is None else span.stop
+        if min(start, stop) < 0 or span.step not in (None, 1):
+            raise UsageError(f"Turns must be counted from the first, one by one. Got {span}. Write slice(1, None).")
+        return start <= value < stop
     if isinstance(span, Progress):
         raise UsageError("Turns must be selected by number or range. Got a progress interval.")
-    return value in span
+    return value in ((span,) if isinstance(span, Integral) else span)

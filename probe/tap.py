@@ -231,13 +231,13 @@ class Tap:
         if mask is None or mask is self._masked[0]:
             return self._masked[1] if mask is not None else None
         flat = mask.reshape(mask.shape[0], -1)
-        counts = flat.sum(-1) if mask.dtype == torch.bool else torch.zeros(len(flat))
+        counts = flat.sum(-1) if mask.dtype == torch.bool else torch.zeros(len(flat), device=flat.device)
         ends = torch.arange(flat.shape[-1], device=flat.device) < counts.unsqueeze(-1)
         if mask.dim() != 4 or mask.shape[1:3] != (1, 1) or mask.dtype != torch.bool or not torch.equal(ends, flat):
             raise TapError(
                 f"A mask of {self.family.name}'s attention must be bool [B, 1, 1, keys] and hide keys at the end. Got "
                 f"{mask.dtype} {tuple(mask.shape)}. Leave attention_mask out."
             )
-        seen = tuple(int(n) for n in counts.expand(batch))
+        seen = tuple(counts.expand(batch).tolist())
         self._masked = mask, None if min(seen) == flat.shape[-1] else seen
         return self._masked[1]

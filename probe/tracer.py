@@ -15,6 +15,7 @@ from probe import serve
 from probe.clock import Clock, branches_of, step_of, steps_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
+from probe.models.family import arguments_of
 from probe.models.registry import family_of
 from probe.plan import Handler, Plan
 from probe.tap import Forward, Place, Tap
@@ -33,9 +34,10 @@ class Traced:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call and output; `prompt` tells the words."""
-        asked = args[0] if args else kwargs.get("prompt")
+        call = arguments_of(self.pipe, args, kwargs)
+        asked = call.get("prompt")
         texts = [asked] if isinstance(asked, str) else list(asked or ())
-        return self.run(lambda _: self.pipe(*args, **kwargs), texts, call=kwargs)
+        return self.run(lambda _: self.pipe(*args, **kwargs), texts, call=call)
 
     def tokenize(self, texts: Sequence[str], **call: Any) -> tuple[Prompt, ...]:
         """The prompts as this pipeline's text encoders cut them in a call with the arguments `call`; none if one is
@@ -49,8 +51,9 @@ class Traced:
     def plan(self, steps: int, prompts: Sequence[Prompt] = ()) -> Plan:
         """The handlers bound to this model and a run of `steps` steps; refuses what cannot work."""
         slots = self.family.slots(self.pipe.transformer)
-        layers = 1 + max(slot.layer for slot in slots)
-        return Plan(self.handlers, steps, layers, prompts, {slot.kind for slot in slots}, self.fuse)
+        places = [(slot.layer, slot.kind) for slot in slots]
+        layers, heads = 1 + max(slot.layer for slot in slots), getattr(slots[0].module, "heads", None)
+        return Plan(self.handlers, steps, layers, prompts, places=places, heads=heads, fuse=self.fuse)
 
     def run(
         self,
@@ -72,8 +75,10 @@ class Traced:
         if tap is None:
             with Tap(self.pipe.transformer, self.family, *_more(self.pipe)) as fresh:
                 return self.run(drive, prompts, fresh, call)
+        call = call or {}
         cut = tuple(prompt for prompt in prompts if isinstance(prompt, Prompt))  # fast tokenizers serve one thread
-        run = _Run(self, tap, cut or self.tokenize([str(prompt) for prompt in prompts], **(call or {})))
+        cut = cut or self.tokenize([str(prompt) for prompt in prompts], **call)
+        run = _Run(self, tap, cut, len(prompts), self.family.copies(call))
         idle = tap.on_forward, tap.place
         tap.on_forward, tap.place = run.forward, run.place
         try:
@@ -105,11 +110,11 @@ class _Run:
     layers.
     """
 
-    def __init__(self, traced: Traced, tap: Tap, prompts: tuple[Prompt, ...]) -> None:
+    def __init__(self, traced: Traced, tap: Tap, prompts: tuple[Prompt, ...], asked: int, copies: int) -> None:
         self.traced, self.tap, self.prompts = traced, tap, prompts
         pipe = traced.pipe
         self.clock = Clock(
-            lambda: steps_of(pipe.scheduler), lambda batch, name: branches_of(batch, len(prompts), name, pipe)
+            lambda: steps_of(pipe.scheduler), lambda batch, name: branches_of(batch, asked, copies, name, pipe)
         )
         self.plan: Plan | None = None
         self.first_step = 0

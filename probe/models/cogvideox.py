@@ -76,6 +76,7 @@ COGVIDEOX = Family(
     pipelines=("CogVideoXPipeline",),
     attentions=(Attention("transformer_blocks", "attn1", "joint"),),
     layout=_layout,
+    several="",
     clip=_clip,
     frame_axis=1,
     call_defaults=_call_defaults,

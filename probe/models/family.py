@@ -39,13 +39,13 @@ class Slot:
 @dataclass(frozen=True)
 class Text:
     """Text tokens of one encoder: the pipeline's tokenizer by name, how many (None: `max_sequence_length` of the
-    call), the argument of the call that gives it another prompt, whether a pipeline without that encoder gives zeros,
-    that is padding, and how the pipeline cleans a prompt.
+    call), the arguments of the call that may give it another prompt, whether a pipeline without that encoder gives
+    zeros, that is padding, and how the pipeline cleans a prompt.
     """
 
     tokenizer: str = "tokenizer"
     length: int | None = None
-    prompt: str = "prompt"
+    prompts: tuple[str, ...] = ("prompt",)
     optional: bool = False
     clean: Callable[[str], str] = str
 
@@ -63,8 +63,9 @@ class Family:
     `transformer` is the diffusers class name; `attentions` say where the attention modules are. `layout(model, inputs)`
     reads the joint sequence from a forward's own arguments, `clip(config, call)` predicts it from the configuration and
     the pipeline call's arguments, `text` says how the pipeline makes text tokens. `frame_axis` is the axis of frames of
-    `hidden_states`, None where there is one picture. `ragged`: one attention call per batch entry, each with its own
-    text length. `text_modulates`: the text also changes every row's modulation.
+    `hidden_states`, None where there is one picture. `several` is the argument that asks for several videos of a
+    prompt, empty where the pipeline ignores it. `ragged`: one attention call per batch entry, each with its own text
+    length. `text_modulates`: the text also changes every row's modulation.
     `probe_inputs(model)` makes small random inputs for a self-check.
     """
 
@@ -76,6 +77,7 @@ class Family:
     clip: Callable[[Mapping[str, Any], Mapping[str, Any]], TokenLayout]
     probe_inputs: Callable[[Any], dict[str, Any]]
     text: tuple[Text, ...] = (Text(),)
+    several: str = "num_videos_per_prompt"
     frame_axis: int | None = 2
     ragged: bool = False
     text_modulates: bool = False
@@ -108,9 +110,13 @@ class Family:
         """What the text encoders are given, `texts` or the call's own `prompt_2`, `prompt_3`; nothing if they differ:
         no word then has one place.
         """
-        given = [call.get(text.prompt) or texts for text in self.text]
+        given = [call.get(name) or texts for text in self.text for name in text.prompts]
         said = [[one] if isinstance(one, str) else list(one) for one in given]
         return said[0] if all(one == said[0] for one in said) else ()
+
+    def copies(self, call: Mapping[str, Any]) -> int:
+        """Videos of each prompt that a call asks for."""
+        return int(call.get(self.several) or 1)
 
     def encoders(self, pipe: Any, call: Mapping[str, Any]) -> list[Encoder]:
         """The text encoders of a pipeline call, for `probe.word.tokenize`."""
@@ -120,7 +126,19 @@ class Family:
 def asked(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
     """An argument of a pipeline's call as it is given, or its default."""
     given = {**getattr(pipe, "defaults", {}), **call}
-    if name in given:
-        return given[name]
+    return given[name] if name in given else _signature(pipe).parameters[name].default
+
+
+def arguments_of(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline's call by name, positional ones included; as they are if they do not fit."""
+    try:
+        bound = _signature(pipe).bind_partial(pipe, *args, **kwargs).arguments
+    except TypeError:  # the pipeline itself will say so
+        return dict(kwargs)
+    return {name: value for name, value in bound.items() if value is not pipe}
+
+
+def _signature(pipe: Any) -> inspect.Signature:
+    """That of the stock call, below the class that fills in defaults."""
     stock = next(base for base in type(pipe).__mro__ if "defaults" not in vars(base))
-    return inspect.signature(stock.__call__).parameters[name].default
+    return inspect.signature(stock.__call__)

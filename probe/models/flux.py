@@ -83,8 +83,9 @@ FLUX = Family(
         Attention("single_transformer_blocks", "attn", "single"),
     ),
     layout=_layout,
+    several="num_images_per_prompt",
     clip=_clip,
     frame_axis=None,
-    text=(Text("tokenizer_2", prompt="prompt_2"),),
+    text=(Text("tokenizer_2", prompts=("prompt_2",)),),
     probe_inputs=_probe_inputs,
 )

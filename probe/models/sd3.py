@@ -53,8 +53,12 @@ SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     attentions=(Attention("transformer_blocks", "attn", "joint"), Attention("transformer_blocks", "attn2", "self")),
     layout=_layout,
+    several="num_images_per_prompt",
     clip=_clip,
     frame_axis=None,
-    text=(Text("tokenizer", CLIP), Text("tokenizer_3", prompt="prompt_3", optional=True)),
+    text=(
+        Text("tokenizer", CLIP, prompts=("prompt", "prompt_2")),
+        Text("tokenizer_3", prompts=("prompt_3",), optional=True),
+    ),
     probe_inputs=_probe_inputs,
 )

@@ -129,3 +129,36 @@ def test_told_beats_read():
         c.tell(step=4, steps=7, branches=[Branch(role="source")])
         c.forward(torch.tensor([t]), 1)
         assert (c.step, c.turn, c.steps, c.branches[0].role) == (4, 0, 7, "source")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (Where(heads=7), "The heads of Edit do not fit this model. A selection must lie in 0 to 1. Got \\[7\\]"),
+        (Where(heads=slice(5, 9)), "selects none of 2 heads"),
+        (Where(layers=9), "The layers of Edit do not fit this model"),
+        (Where(layers=0, kinds={"single"}), "at layers and kinds that it does not have together"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_it_runs(where, said):
+    with pytest.raises(PlanError, match=said):
+        Plan([Edit(where)], steps=2, layers=2, places=[(0, "double"), (1, "single")], heads=2)
+
+
+def test_cost_counts_the_heads_and_places_that_are_served():
+    class Costly(Edit):
+        def cost(self, layout):
+            return 1.0
+
+    def cost(where):
+        return Plan([Costly(where)], steps=2, layers=2, places=[(0, "double"), (1, "single")], heads=4).cost(None)
+
+    assert cost(Where()) == 1
+    assert cost(Where(kinds={"single"})) == 0.5
+    assert cost(Where(heads={0})) == 0.25
+
+
+@pytest.mark.parametrize("turns", [slice(-1, None), slice(0, 4, 2), Progress(0, 0.5)])
+def test_turns_are_counted_from_the_first(turns):
+    with pytest.raises(UsageError, match="Turns must be"):
+        Where(turns=turns).at(Site(0, 0, 0), 1, 1)

@@ -62,10 +62,48 @@ def test_words_lie_where_the_cleaned_prompt_has_them():
 
 def test_a_half_of_guidance_that_nobody_names_is_refused():
     pipe = type("Unnamed", (), {"do_classifier_free_guidance": True})()
-    assert [b.guided for b in branches_of(2, 1, None, pipe)] == [False, True]
-    assert [b.guided for b in branches_of(1, 1, "uncond", pipe)] == [False]
+    assert [b.guided for b in branches_of(2, 1, 1, None, pipe)] == [False, True]
+    assert [b.guided for b in branches_of(1, 1, 1, "uncond", pipe)] == [False]
     with pytest.raises(TapError, match="must be named or hold both halves"):
-        branches_of(1, 1, None, pipe)
+        branches_of(1, 1, 1, None, pipe)
+
+
+def test_several_videos_of_a_prompt_are_copies():
+    pipe = type("Guiding", (), {"do_classifier_free_guidance": True})()
+    found = [(b.prompt, b.copy, b.guided) for b in branches_of(8, 2, 2, None, pipe)]
+    half = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert found == [(*one, guided) for guided in (False, True) for one in half]
+    off = branches_of(4, 2, 2, "cond_uncond", pipe)
+    assert [b.guided for b in off] == [True] * 4
+    maps = probe.WordMaps("cat")
+    sd3.latents(probe.trace(sd3.pipeline(), maps), steps=1, num_images_per_prompt=2)
+    assert {(at.branch.prompt, at.branch.copy) for at in maps.values} == {(0, 0), (0, 1)}
+
+
+def test_guidance_that_changes_with_the_steps_changes_no_label():
+    """At some steps dynamic guidance rounds to 1."""
+    maps, pipe = probe.WordMaps("cat", where=probe.Where(branches=lambda branch: branch.guided)), tiny.pipeline()
+    tiny.latents(probe.trace(pipe, maps), steps=11, use_dynamic_cfg=True)
+    assert len(maps.values) == 11 * 3
+    assert {at.branch for at in maps.values} == {probe.Branch()}
+
+
+def test_positional_prompts_count():
+    maps, pipe = probe.WordMaps("dog"), flux.pipeline()
+    call = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent", "max_sequence_length": 12}
+    probe.trace(pipe, maps)(tiny.PROMPT, tiny.OTHER, **call)
+    assert set(maps.words_of.values()) == {("dog",)}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's own, under autocast
+@pytest.mark.parametrize("toy", [sd3, flux], ids=lambda toy: toy.FAMILY)
+def test_readouts_keep_their_precision_under_autocast(toy):
+    pipe, looks = toy.pipeline(), (probe.WordMaps("cat"), probe.RegionMass())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = toy.latents(pipe, steps=1)
+        assert torch.equal(toy.latents(probe.trace(pipe, *looks), steps=1), plain)
+    for value in looks[1].values.values():
+        assert abs(value[:, 2].sum(-1) - 1).max() < 1e-4
 
 
 def test_a_sampler_of_second_order_counts_a_step_once_whoever_tells_it():
