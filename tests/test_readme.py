@@ -38,7 +38,7 @@ def test_the_python_tour(tmp_path, monkeypatch, capsys):
 def test_the_command_line_tour(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 15
     for line in lines:
         words = shlex.split(line)
         assert words[0] == "mmdit"
