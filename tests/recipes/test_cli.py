@@ -1,9 +1,11 @@
 """The command line on a toy: what each command leaves behind."""
 
+import inspect
 import json
 
 import numpy as np
 import yaml
+from diffusers import CogVideoXTransformer3DModel
 
 from probe.store import Run
 from tests import tiny
@@ -39,9 +41,12 @@ def test_the_recipe_in_the_folder_makes_the_same_video(recorded, tmp_path):
 
 def test_record(toy, tmp_path, capsys):
     out = str(tmp_path / "run")
-    main_ok(["record", tiny.PROMPT, "--words", "cat, red", "-m", toy, *FAST, "--out", out, "--format", "json"])
+    each = ["--set", "record.heads=each"]
+    main_ok(["record", tiny.PROMPT, "--words", "cat, red", "-m", toy, *FAST, *each, "--out", out, "--format", "json"])
     assert json.loads(capsys.readouterr().out)["words"] == ["cat", "red"]
     run = Run(out)
+    assert run.qk_sites == ((2, 1),)
+    assert run.attention_row(1, 2, token=(0, 1, 2))[0].shape == (3, 4, 4)
     assert run.word_map("cat", head=1).shape == (3, 4, 4)
     stock = tiny.latents(tiny.pipeline(), steps=5)
     assert np.array_equal(run.resume()[1]["latents"], stock.numpy())
@@ -101,3 +106,21 @@ def test_the_shipped_recipes_are_what_they_say():
         recipe = parse.load(name)
         assert recipe.name == name
         assert parse.validate(yaml.safe_load(parse.dump(recipe)), name) == recipe
+
+
+def test_a_recording_of_cogvideox_2b_stays_under_a_gigabyte(tmp_path, capsys):
+    """Predicted from its configuration alone, at the most words a run keeps by itself."""
+    arguments = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters.values()
+    config = {a.name: a.default for a in arguments if a.default is not a.empty}
+    (tmp_path / "transformer").mkdir()
+    named = {"_class_name": "CogVideoXTransformer3DModel", **config}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(named))
+    index = {"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "CogVideoXTransformer3DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    prompt = " ".join(f"word{i}" for i in range(20))
+    main_ok(["record", prompt, "-m", str(tmp_path), "--dry-run", "--format", "json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tokens per segment"] == "226 text + 13x30x45 = 17776"
+    assert facts["steps"] == 50
+    megabytes = float(facts["run folder without the video, at most"].removesuffix(" MB"))
+    assert 500 < megabytes < 1000
