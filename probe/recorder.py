@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from probe import film
+from probe.clock import step_of
 from probe.errors import UsageError
+from probe.gather import gather, refuse_unrecordable, tokens_of
 from probe.models.family import asked
 from probe.models.registry import family_of
 from probe.provenance import provenance, where_from
-from probe.readout.base import At, Readout
+from probe.readout.base import Readout
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
 from probe.site import JOINT, Branch, Span, Where
@@ -32,6 +33,9 @@ class Recorder:
     A readout says where its values lie in a step file (`Readout.stored`); of every readout the numbers per head
     (`Readout.metrics`) are kept. `start_frame(branch)` is the first latent frame of a
     branch's segment in the long video.
+
+    Raises:
+        UsageError: readouts that cannot share a record; see `probe.gather.refuse_unrecordable`.
     """
 
     def __init__(
@@ -41,11 +45,22 @@ class Recorder:
         readouts: Sequence[Readout] = (),
         start_frame: Callable[[Branch], int] = lambda branch: 0,
     ) -> None:
+        refuse_unrecordable(readouts)
         self.writer, self.prompts, self.readouts, self.start_frame = writer, prompts, tuple(readouts), start_frame
 
     def write(self, step: int, attrs: Mapping[str, Any], resume: Mapping[str, Any] | None = None) -> None:
-        """Write `steps/step_<step>.h5`; readouts that recorded nothing in this step leave it without segments."""
+        """Write `steps/step_<step>.h5`; readouts that recorded nothing in this step leave it without segments.
+
+        Raises:
+            UsageError: two branches of one segment and role, or readouts that look at different layers.
+        """
         branches = dict.fromkeys(at.branch for readout in self.readouts for at in readout.at(step=step))
+        places = {(branch.segment, branch.role) for branch in branches}
+        if len(places) < len(branches):
+            raise UsageError(
+                f"A record must see one branch of a segment and role. Got {', '.join(map(str, branches))}. Choose one "
+                "by where=Where(branches=...), or trace without a record."
+            )
         segments = [self._segment(step, branch) for branch in branches]
         self.writer.write_step(step, {"step": step, **attrs}, segments, resume)
         for readout in self.readouts:
@@ -54,15 +69,6 @@ class Recorder:
 
     def _segment(self, step: int, branch: Branch) -> SegmentRecord:
         layout = max((r.layouts[branch] for r in self.readouts if branch in r.layouts), key=lambda seen: seen.text)
-        seen = {readout: _of(readout, step, branch) for readout in self.readouts}
-        stacked = {readout: found for readout, found in seen.items() if found and readout.stored != "qk"}
-        layers = _common(stacked)
-        metrics = _metrics(stacked, layers)
-        tables: dict[str, Any] = {
-            readout.stored: np.stack([readout.table(found[layer][1]) for layer in layers])
-            for readout, found in stacked.items()
-            if readout.stored in ("mass", "frames", "columns", "token_mass")
-        }
         return SegmentRecord(
             segment=branch.segment,
             role=branch.role,
@@ -72,76 +78,9 @@ class Recorder:
                 "grid": list(layout.grid.shape),
                 "order": layout.order,
             },
-            tokens=_tokens(self.prompts[branch.nearest].first(layout.text)),
-            layers=tuple(layers),
-            kinds=tuple(layers.values()),
-            metrics=metrics,
-            metric_info={n: text for readout in stacked for n, text in readout.definitions.items() if n in metrics},
-            qk=_kept(seen),
-            **_maps(stacked, branch, layers),
-            **tables,
+            tokens=tokens_of(self.prompts, branch, layout.text),
+            **gather(self.readouts, step, branch),
         )
-
-
-Found = Mapping[int, tuple[At, Any]]
-
-
-def _of(readout: Readout, step: int, branch: Branch) -> Found:
-    """What a readout collected for one step and branch, by layer; of several evaluations in a step, the first."""
-    return {at.layer: (at, readout.values[at]) for at in reversed(readout.at(step=step, branch=branch))}
-
-
-def _common(stacked: Mapping[Readout, Found]) -> dict[int, str]:
-    """The recorded layers and their kinds of attention, in order.
-
-    Raises:
-        UsageError: readouts that share a file look at different layers.
-    """
-    if len({frozenset(found) for found in stacked.values()}) > 1:
-        raise UsageError(
-            "Readouts of one run must be recorded in the same layers. Got different ones: "
-            f"{', '.join(str(readout) for readout in stacked)}. Give them one where."
-        )
-    found = next(iter(stacked.values()), {})
-    return {layer: found[layer][0].kind for layer in sorted(found)}
-
-
-def _metrics(stacked: Mapping[Readout, Found], layers: Iterable[int]) -> dict[str, NDArray[np.float32]]:
-    """Numbers per layer and head [L, H] by name; readouts that share a name measure the same."""
-    tables: dict[str, NDArray[np.float32]] = {}
-    for readout, found in stacked.items():
-        rows = [readout.metrics(found[layer][1]) for layer in layers]
-        tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | tables
-    return tables
-
-
-def _kept(seen: Mapping[Readout, Found]) -> dict[int, tuple[Any, Any]]:
-    """Kept query and key by layer."""
-    kept = (found for readout, found in seen.items() if readout.stored == "qk")
-    return {layer: (value["q"], value["k"]) for found in kept for layer, (_, value) in found.items()}
-
-
-def _maps(stacked: Mapping[Readout, Found], branch: Branch, layers: Iterable[int]) -> dict[str, Any]:
-    """Word maps by direction, their words, and what each frame gives to each word."""
-    for readout, found in stacked.items():
-        if isinstance(readout, WordMaps):
-            maps = {d: np.stack([found[layer][1][d] for layer in layers]) for d in readout.directions}
-            return {
-                "words": readout.words_of[branch],
-                "maps": maps,
-                "heads": "each" if readout.per_head else "mean",
-                "word_frames": maps["vt"].mean((-1, -2)) if "vt" in maps else None,
-            }
-    return {"words": ()}
-
-
-def _tokens(prompt: Prompt) -> dict[str, Any]:
-    return {
-        "text": np.array(prompt.pieces),
-        "id": np.array(prompt.ids),
-        "word": np.array(prompt.word_of_token()),
-        "is_pad": np.array(prompt.padding),
-    }
 
 
 def record(
@@ -194,6 +133,8 @@ def generate(
 ) -> Run:
     """`record` with readouts of one's own; `recipe` is the text kept as recipe.yaml."""
     _refuse_own(call, fps)
+    refuse_unrecordable(readouts)
+    _refuse_several(pipe, prompt, call)
     traced = trace(pipe, *readouts)
     prompts = traced.tokenize([prompt], **call)
     count = int(asked(pipe, call, "num_inference_steps"))
@@ -206,10 +147,16 @@ def generate(
     ):
         recorder = Recorder(writer, prompts, readouts)
         generator = torch.Generator().manual_seed(seed)
+        began: dict[int, float] = {}  # the timestep of each step's first evaluation
 
-        def on_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def on_step(_: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            step = step_of(pipe.scheduler, evaluation)
+            assert step is not None
+            began.setdefault(step, float(timestep))
+            if evaluation + 1 < len(pipe.scheduler.timesteps) and step_of(pipe.scheduler, evaluation + 1) == step:
+                return tensors  # a second-order sampler goes on with this step
             resume = {"latents": tensors["latents"].float().cpu().numpy(), "generator": generator.get_state().numpy()}
-            recorder.write(step, {"timestep": float(timestep), **source}, resume)
+            recorder.write(step, {"timestep": began[step], **source}, resume)
             bar.update()
             return tensors
 
@@ -231,6 +178,17 @@ def _refuse_own(call: Mapping[str, Any], fps: int) -> None:
         )
     if fps < 1:
         raise UsageError(f"fps must be at least 1. Got {fps}. Take 8.")
+
+
+def _refuse_several(pipe: Any, prompt: Any, call: Mapping[str, Any]) -> None:
+    """A record is of one video."""
+    family = family_of(pipe.transformer)
+    if not isinstance(prompt, str) or family.copies(call) > 1:
+        got = f"{family.several}={family.copies(call)}" if isinstance(prompt, str) else repr(prompt)
+        raise UsageError(
+            f"record() must make one video or picture of one prompt, given as text. Got {got}. Record each in a run of "
+            "its own."
+        )
 
 
 def _pixels(output: Any) -> film.Frames:

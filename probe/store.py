@@ -55,7 +55,8 @@ class Run(RunFolder):
     ) -> np.ndarray:
         """Lift float32 [F, Y, X] of one word: how much more than uniform each patch looks at it.
 
-        `direction` "vt": video rows, text columns; "tv": text rows, video columns.
+        `direction` "vt": video rows, text columns; "vt_text": the same given the text; "tv": text rows, video columns;
+        "mean": the mean of vt and tv.
 
         Raises:
             WordError: the word was not recorded.
@@ -166,10 +167,16 @@ class Run(RunFolder):
         (source,) = self.index.sources(self.index.places(segment, role), f"metrics/{name}", step)
         return read.read_array(source.path, source.place, f"metrics/{name}")
 
-    def qk(self, layer: int, step: int, segment: int = 0, role: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Query and key float16 [H, N, D] of one layer and step, after normalisation and rotation; see `qk_sites`."""
-        source = self._kept(layer, step, segment, role)
-        query, key = (read.read_array(source.path, source.place, f"qk/layer_{layer:02d}/{name}") for name in "qk")
+    def qk(
+        self, layer: int, step: int, segment: int = 0, role: str | None = None, kind: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Query and key float16 [H, N, D] of one layer and step, after normalisation and rotation; see `qk_sites`.
+
+        `kind` is the attention of a layer that has two, for example self or cross; None is the one that sees the text.
+        """
+        source, kind = self._kept(layer, step, segment, role, kind)
+        name = source.segment.qk[layer][kind]
+        query, key = (read.read_array(source.path, source.place, f"{name}/{one}") for one in "qk")
         return query, key
 
     def attention_row(
@@ -181,24 +188,29 @@ class Run(RunFolder):
         token: int | Patch,
         segment: int = 0,
         role: str | None = None,
+        kind: str | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """What one token looks at, as probabilities that sum to 1: video float32 [F, Y, X] and text float32 [T].
 
         Computed from the query and key of a site of `qk_sites`. `token` is a patch (frame, row, column), or the number
-        of a text token. The text is as long as its visible part; video and text stand as `order` of the segment says.
+        of a text token; `kind` is as in `qk`. The text is as long as its visible part; video and text stand as `order`
+        of the segment says.
         """
-        source = self._kept(layer, step, segment, role)
+        source, kind = self._kept(layer, step, segment, role, kind)
         if head is not None:
-            heads = read.read_shape(source.path, source.place, f"qk/layer_{layer:02d}/q")[0]
+            heads = read.read_shape(source.path, source.place, f"{source.segment.qk[layer][kind]}/q")[0]
             check("head", head, range(heads))
-        return attention_row(source.path, source.place, source.segment, layer, head, token)
+        return attention_row(source.path, source.place, source.segment, layer, kind, head, token)
 
-    def _kept(self, layer: int, step: int, segment: int, role: str | None) -> Source:
-        """The file that holds query and key."""
+    def _kept(self, layer: int, step: int, segment: int, role: str | None, kind: str | None) -> tuple[Source, str]:
+        """The file that holds query and key, and their kind."""
         head = self.index.head(step)
         there = [place for place in self.index.places(segment, role) if place in head.segments]
         check("layer of query and key", layer, head.segments[there[0]].qk if there else ())
-        return Source(head.path, there[0], head.segments[there[0]], None)
+        kept = head.segments[there[0]].qk[layer]
+        kind = next(iter(kept)) if kind is None else kind
+        check("kind of query and key", kind, kept)
+        return Source(head.path, there[0], head.segments[there[0]], None), kind
 
     def _array(
         self, name: str, step: int | None, layer: int | None, head: int | None, places: tuple[Place, ...]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from probe.errors import UsageError, WordError
-from probe.folder import step_files
+from probe.folder import step_files, step_path
 from probe.store_read import Place, SegmentHead, StepHead, opens, read_head
 from probe.store_record import ROLES
 
@@ -49,10 +49,11 @@ class Index:
             UsageError: there is no such step.
             StoreError: its file is damaged or foreign.
         """
-        paths = step_files(self._folder)
-        check("step", step, paths)
-        path = paths[step]
+        path = step_path(self._folder, step)
         if not self._is_known(path):
+            paths = step_files(self._folder)
+            check("step", step, paths)
+            path = paths[step]
             self._known[path] = _stamp(path), read_head(path)
         return self._known[path][1]
 

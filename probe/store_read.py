@@ -39,7 +39,10 @@ class SegmentHead:
     """Number of heads of each recorded array, by its name: mass, frames, maps/vt, metrics/entropy and so on."""
     metrics: dict[str, str]
     """Definition of each metric, by its name; empty where none was given."""
-    qk: tuple[int, ...]
+    other_kinds: dict[str, str]
+    """Attention of the arrays that do not read the layers' own, by name."""
+    qk: dict[int, dict[str, str]]
+    """Name of the group of each kept query and key, by layer and kind of attention."""
 
     @property
     def mean_heads(self) -> bool:
@@ -86,15 +89,27 @@ def _read_segment(group: Any) -> SegmentHead:
     layers = tuple(int(layer) for layer in group["layers"][...])
     names = [name for name in _ARRAYS if name in group]
     names += [f"metrics/{name}" for name in group.get("metrics", {})]
+    kinds = tuple(group["kinds"].asstr()[...]) if "kinds" in group else ("joint",) * len(layers)
     return SegmentHead(
         attrs=read_attrs(group),
         words=tuple(group["words"].asstr()[...]),
         layers=layers,
-        kinds=tuple(group["kinds"].asstr()[...]) if "kinds" in group else ("joint",) * len(layers),
+        kinds=kinds,
         heads={name: group[name].shape[1] for name in names},
         metrics={name: str(data.attrs.get("long_name", "")) for name, data in group.get("metrics", {}).items()},
-        qk=tuple(sorted(int(name.removeprefix("layer_")) for name in group.get("qk", {}))),
+        other_kinds={name: str(group[name].attrs["kind"]) for name in names if "kind" in group[name].attrs},
+        qk=_read_qk(group.get("qk", {}), dict(zip(layers, kinds, strict=True))),
     )
+
+
+def _read_qk(groups: Any, kinds: dict[int, str]) -> dict[int, dict[str, str]]:
+    """The kept query and key; a layer's own kind comes first."""
+    found: dict[int, dict[str, str]] = {}
+    for name in sorted(groups):
+        layer = int(name.split("_")[1])
+        kind = str(groups[name].attrs.get("kind", kinds.get(layer, "joint")))
+        found.setdefault(layer, {})[kind] = f"qk/{name}"
+    return dict(sorted(found.items()))
 
 
 def read_map(path: Path, place: Place, direction: str, layer: int | None, head: int | None, word: int) -> np.ndarray:

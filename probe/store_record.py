@@ -16,7 +16,7 @@ from probe.errors import StoreError
 from probe.site import KINDS
 
 ROLES = ("plain", "source", "target")
-DIRECTIONS = ("vt", "tv")
+DIRECTIONS = ("vt", "vt_text", "tv", "mean")
 TOKEN_FIELDS = ("text", "id", "word", "is_pad")
 
 
@@ -35,9 +35,11 @@ class SegmentRecord:
         words: the recorded words, in the order of the W axis.
         layers: the recorded layers, in the order of the L axis.
         kinds: attention of each recorded layer: joint, double, single, self or cross; () makes all of them joint.
+        other_kinds: attention of an array that is not that of the layers, by name: `frames`, or a metric.
         mass: float [L, H, 3, 4], rows (text, padding, video) x columns (text, padding, video same frame, video other
             frames), as probabilities; NaN where a model has no such rows; or None.
-        maps: lift (1.0 = uniform) float [L, H, W, F, Y, X] by direction, `vt` or `tv`; H is 1 where `heads` is "mean".
+        maps: lift (1.0 = uniform) float [L, H, W, F, Y, X] by direction, one of DIRECTIONS; H is 1 where `heads`
+            is "mean".
         heads: whether the maps hold each head, or the mean over heads.
         word_frames: float [L, H, W, F], what the video rows of each frame give to each word; or None.
         frames: float [L, H, F, C], frame by frame attention, C = F or F + 1 with the text last; or None.
@@ -45,7 +47,8 @@ class SegmentRecord:
         metric_info: one line by name of a metric: what it is, its range and unit.
         columns: float [L, H, N], mean attention that each key receives, sums to 1; or None.
         token_mass: float [L, H, T], mean attention that the video rows give to each text token; or None.
-        qk: query and key, float [H, N, D] each, by layer; stored as float16, after normalisation and rotation.
+        qk: query and key, float [H, N, D] each, by layer, or by layer and kind; stored as float16, after
+            normalisation and rotation.
 
     Raises:
         StoreError: a name is not known, or a shape does not fit the others.
@@ -67,7 +70,8 @@ class SegmentRecord:
     metric_info: Mapping[str, str] = field(default_factory=dict)
     columns: np.ndarray | None = None
     token_mass: np.ndarray | None = None
-    qk: Mapping[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    qk: Mapping[int | tuple[int, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    other_kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_name("segment role", self.role, ROLES)
@@ -93,6 +97,8 @@ class SegmentRecord:
         _check_shape("frames", self.frames, (count, None, None, None))
         _check_shape("columns", self.columns, (count, None, None))
         _check_shape("token_mass", self.token_mass, (count, None, None))
+        for name, kind in self.other_kinds.items():
+            _check_name(f"kind of {name}", kind, KINDS)
         for layer, (query, key) in self.qk.items():
             _check_shape(f"query of layer {layer}", query, (None, None, None))
             _check_shape(f"key of layer {layer}", key, (None, None, None))

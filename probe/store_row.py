@@ -31,18 +31,18 @@ def softmax_rows(query: np.ndarray, key: np.ndarray, scale: float) -> np.ndarray
 
 
 def attention_row(
-    path: Path, place: Place, segment: SegmentHead, layer: int, head: int | None, token: int | Patch
+    path: Path, place: Place, segment: SegmentHead, layer: int, kind: str, head: int | None, token: int | Patch
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what one token looks at, as probabilities: video float32 [F, Y, X] and text float32 [T].
 
-    `head` None is the mean over heads. A cross attention has no video keys: the video is 0 there.
+    `kind` is one of `segment.qk[layer]`; `head` None is the mean over heads. A cross attention has no video keys: the
+    video is 0 there.
 
     Raises:
         UsageError: the token is not one of the rows, or the query and key do not fit the grid of the segment.
     """
-    names = [f"qk/layer_{layer:02d}/{name}" for name in "qk"]
+    names = [f"{segment.qk[layer][kind]}/{name}" for name in "qk"]
     (heads, rows, width), (_, columns, _) = (read_shape(path, place, name) for name in names)
-    kind = dict(zip(segment.layers, segment.kinds, strict=True)).get(layer, "joint")
     looking, seen = _layouts(segment, rows, columns, kind == "cross")
     row, scale = _row_of(token, looking), float(segment.attrs.get("scale") or width**-0.5)
     chosen = range(heads) if head is None else range(head, head + 1)

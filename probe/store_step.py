@@ -2,7 +2,9 @@
 
     attrs                   format, schema, step, and what the writer adds (timestep, sigma, model, dtype, backend)
     segments/<k>/<role>/    attrs; layers; kinds; words; tokens/*; mass; frames; word_frames; metrics/<name>; columns;
-                            token_mass; maps/{vt,tv}{,_lo,_hi}; qk/layer_15/{q,k}
+                            token_mass; maps/{vt,vt_text,tv,mean}{,_lo,_hi}; qk/layer_15{,_self}/{q,k}
+
+An array whose attribute `kind` is set was read from that attention of the layers, not from the one in `kinds`.
 
 A file opens with plain h5py or any HDF5 viewer: gzip and shuffle only, no plugins. Attributes are numbers and text; any
 other value is JSON text that begins with `json:`.
@@ -67,14 +69,32 @@ def _put_segment(group: h5py.Group, record: SegmentRecord) -> None:
             _put_text(group, f"tokens/{name}", values)
         else:
             group[f"tokens/{name}"] = np.asarray(values)
-    said = {f"metrics/{name}": text for name, text in record.metric_info.items()}
     for name, array in _floats(record):
-        put_attrs(_put_floats(group, name, array), {"long_name": said[name]} if name in said else {})
+        put_attrs(_put_floats(group, name, array), _said(record, name.removeprefix("metrics/")))
     for direction, lift in record.maps.items():
         _put_maps(group.require_group("maps"), direction, lift)
-    for layer, pair in record.qk.items():
-        for name, array in zip("qk", pair, strict=True):
-            group[f"qk/layer_{layer:02d}/{name}"] = _half(array, layer)
+    _put_qk(group.require_group("qk") if record.qk else group, record)
+
+
+def _said(record: SegmentRecord, name: str) -> dict[str, str]:
+    """The attributes of an array: what it is, and its kind of attention where that is not the layers'."""
+    given = {"long_name": record.metric_info.get(name), "kind": record.other_kinds.get(name)}
+    return {attr: text for attr, text in given.items() if text is not None}
+
+
+def _put_qk(group: h5py.Group, record: SegmentRecord) -> None:
+    """Write query and key; the second attention of a layer has its kind in its name."""
+    for site, pair in record.qk.items():
+        layer, kind = (site, _kind_of(record, site)) if isinstance(site, int) else site
+        name = f"layer_{layer:02d}"
+        place = group.create_group(f"{name}_{kind}" if name in group else name)
+        put_attrs(place, {"kind": kind})
+        for tensor, array in zip("qk", pair, strict=True):
+            place[tensor] = _half(array, layer)
+
+
+def _kind_of(record: SegmentRecord, layer: int) -> str:
+    return dict(zip(record.layers, record.kinds, strict=True)).get(layer, "joint")
 
 
 def _floats(record: SegmentRecord) -> Iterator[tuple[str, np.ndarray]]:

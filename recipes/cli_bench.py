@@ -20,6 +20,9 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     typer.Option("--dtype", help="float32 on the CPU, bfloat16 on a GPU by default."),
 ]
+Threads = Annotated[
+    int, typer.Option("--threads", min=1, help="On the CPU: waiting threads count as busy, so one is most exact.")
+]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that count; all methods take turns in each.")]
 
 
@@ -29,13 +32,14 @@ def attention(
     device: Device = None,
     dtype: Dtype = None,
     rounds: Rounds = 3,
+    threads: Threads = 1,
     format: Format = "text",
 ) -> None:
     """One attention call: each readout beside plain attention."""
     from recipes.bench_attention import Bench, shape_of
 
     shape = shape_of(size)
-    place, kind = _place(device, dtype)
+    place, kind = _place(device, dtype, threads)
     _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, format)
 
 
@@ -45,19 +49,21 @@ def record(
     device: Device = None,
     dtype: Dtype = None,
     rounds: Rounds = 3,
+    threads: Threads = 1,
     format: Format = "text",
 ) -> None:
     """A whole forward: recording beside plain generation."""
     from recipes.bench_record import methods
 
-    place, kind = _place(device, dtype)
+    place, kind = _place(device, dtype, threads)
     title, made = methods(size, place, kind)
     _print(title, made, place, kind, rounds, format)
 
 
-def _place(device: str | None, dtype: str | None) -> tuple[str, Any]:
+def _place(device: str | None, dtype: str | None, threads: int) -> tuple[str, Any]:
     import torch
 
+    torch.set_num_threads(threads)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"A benchmark must run on a device that is there. Got {place}, and torch sees no GPU.")

@@ -250,7 +250,7 @@ def test_runs_are_listed_newest_first(tmp_path):
     [
         ({"role": "third"}, "segment role must be one of plain, source, target. Got 'third'. Use one of these."),
         ({"heads": "some"}, "heads must be one of each, mean. Got 'some'."),
-        ({"maps": {"vv": lift(0)}}, "map direction must be one of vt, tv. Got 'vv'."),
+        ({"maps": {"vv": lift(0)}}, "map direction must be one of vt, vt_text, tv, mean. Got 'vv'."),
         (
             {"maps": {"vt": lift(0)[:1]}},
             "maps vt must have the shape [2, any, 2, any, any, any]. Got [1, 3, 2, 2, 3, 4].",
