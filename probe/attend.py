@@ -95,7 +95,8 @@ def probabilities(q: Tensor, k: Tensor, lse: Tensor, scale: float | None = None)
     rounding them would cost 2e-2 of the weights.
     """
     acc = exact_dtype(q.dtype)
-    rows, columns, shift = (x.reshape(-1, *x.shape[-2:]) for x in (q.to(acc), k.to(acc).mT, -lse.unsqueeze(-1)))
+    batches = (x[None] if x.dim() == 2 else x.flatten(0, -3) for x in (q.to(acc), k.to(acc).mT, -lse.unsqueeze(-1)))
+    rows, columns, shift = batches
     weights = torch.baddbmm(shift, rows, columns, alpha=scale_of(q, scale)).exp_()
     return weights.view(*q.shape[:-1], k.shape[-2])
 

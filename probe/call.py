@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from probe import attend
-from probe.entry import Entry
+from probe.entry import Entry, index_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
 from probe.site import SPLIT, Branch, Site
@@ -42,9 +42,9 @@ class AttentionCall:
     native: bool = True
     out: Tensor | None = None
     own: dict[str, Tensor] = field(init=False, repr=False)
-    _lse: Tensor | None = field(default=None, repr=False)
-    _shares: Tensor | None = field(default=None, repr=False)
-    _entries: dict[tuple[int, tuple[int, ...]], Entry] = field(default_factory=dict, repr=False)
+    _lse: Tensor | None = field(default=None, init=False, repr=False)
+    _shares: Tensor | None = field(default=None, init=False, repr=False)
+    _entries: dict[tuple[int, tuple[int, ...]], Entry] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.own = {"q": self.q, "k": self.k, "v": self.v}
@@ -72,11 +72,17 @@ class AttentionCall:
         return attend.as_bias(self.mask, self.q.dtype)
 
     def entry(self, row: int, heads: tuple[int, ...] | None = None) -> Entry:
-        """One batch entry for readouts: all heads or some, the keys and rows it may see. Made once and shared."""
+        """One batch entry for readouts: all heads or some, the keys and rows it may see. Made once and shared.
+
+        It carries the lse and shares of the call if these are there by now; else it makes its own when asked.
+        """
         heads = tuple(range(self.q.shape[1])) if heads is None else heads
         if (row, heads) not in self._entries:
             self._entries[row, heads] = self._entry(row, heads)
-        return self._entries[row, heads]
+        entry, some = self._entries[row, heads], index_of(heads, self.q.device)
+        lse, shares = (x if x is None else x[row, some][:, : entry.rows.total] for x in (self._lse, self._shares))
+        entry.given_lse, entry.given_shares = lse, shares
+        return entry
 
     def rebind(self, **tensors: Tensor) -> None:
         """Replace some of q, k, v; what was derived from the old ones is forgotten."""
@@ -128,21 +134,17 @@ class AttentionCall:
         return rows, columns
 
     def _entry(self, row: int, heads: tuple[int, ...]) -> Entry:
-        every = len(heads) == self.q.shape[1]
-        pick = slice(None) if every else list(heads)
         rows, columns = self._seen(row)
-        q, k, v = self.q[row, pick], self.k[row, pick][:, : columns.total], self.v[row, pick][:, : columns.total]
+        q, k, v = (x[row, index_of(heads, x.device)] for x in (self.q, self.k, self.v))
         return Entry(
             site=self.site,
             branch=self.branches[row],
             q=q[:, : rows.total],
-            k=k,
-            v=v,
+            k=k[:, : columns.total],
+            v=v[:, : columns.total],
             scale=attend.scale_of(self.q, self.scale),
             rows=rows,
             columns=columns,
             prompts=self.prompts,
             heads=heads,
-            given_lse=self.lse()[row, pick][:, : rows.total],
-            given_shares=None if self._shares is None else self._shares[row, pick][:, : rows.total],
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from probe import attend, region
 from probe.errors import WordError
 from probe.layout import TokenLayout
 from probe.site import Branch, Site
+from probe.transpose import column_sums
 from probe.word import Prompt
 
-Index = slice | Sequence[int] | Tensor
+Place = slice | Tensor
+Index = Place | Sequence[int]
 
 
 @dataclass(eq=False)
@@ -49,7 +51,7 @@ class Entry:
     @property
     def lse(self) -> Tensor:
         """Row log-normaliser, natural log [H, N], float32 (float64 for float64)."""
-        return self._deviation.lse if self.given_lse is None else self.given_lse
+        return self._expected.lse if self.given_lse is None else self.given_lse
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -71,14 +73,14 @@ class Entry:
         return self.prompts[self.branch.nearest].first(max(self.rows.text, self.columns.text))
 
     @cached_property
-    def groups(self) -> dict[str, Tensor]:
-        """bool masks over rows: text, padding, video; text and padding need the prompt."""
+    def groups(self) -> dict[str, Place]:
+        """Where the rows of text, padding and video are; text and padding need the prompt."""
         return self._kinds(self.rows)
 
     @cached_property
-    def column_groups(self) -> dict[str, Tensor]:
-        """bool masks over columns: text, padding, video."""
-        return self._kinds(self.columns)
+    def column_groups(self) -> dict[str, Place]:
+        """Where the columns of text, padding and video are."""
+        return self.groups if self.columns == self.rows else self._kinds(self.columns)
 
     @cached_property
     def shares(self) -> Tensor:
@@ -91,7 +93,7 @@ class Entry:
         if self.given_shares is not None:
             return self.given_shares
         parts = self.columns.parts()
-        if self.q.dtype != attend.exact_dtype(self.q.dtype) or len(parts) > self.v.shape[-1]:
+        if self.q.dtype != attend.exact_dtype(self.q.dtype) or len(parts) > self.k.shape[-1]:
             return torch.stack([torch.exp(self.part(part) - self.lse) for part in parts], -1)
         places = torch.zeros_like(self.k)
         for index, part in enumerate(parts):
@@ -108,16 +110,22 @@ class Entry:
         """Expected key of each row, sum_j p_ij k_j, [H, N, D], in the dtype of `lse`: one attention with K in place of
         V. The plain mean of the keys stays out of that attention, so that half precision rounds deviations only.
         """
-        return self._centre + self._deviation.out
+        return self._expected.out
 
-    @cached_property
+    @property
     def within_video(self) -> Entry:
         """The same rows on the video keys alone: all its probabilities are conditional on the video."""
-        if not self.columns.text:
-            return self
-        video = self.columns.video_slice
-        inside = {"k": self.k[:, video], "v": self.v[:, video], "columns": self.columns.with_text(0)}
-        return replace(self, **inside, given_lse=None, given_shares=None)
+        return self._video_alone if self.columns.text else self
+
+    @cached_property
+    def video_columns(self) -> Tensor:
+        """Mean over the video rows of p_ij, [H, M]."""
+        return self.column_means(self.rows.video_slice)
+
+    def column_means(self, rows: Place) -> Tensor:
+        """Mean over some rows of p_ij, [H, M], by one swapped call; NaN over none."""
+        q, lse = self.q[:, rows], self.lse[:, rows]
+        return column_sums(q, self.k, lse, self.scale) / lse.shape[1]
 
     def attend(self, values: Tensor) -> Tensor:
         """Expected value of each row, sum_j p_ij values_j, [H, N, D]; values [H, M, D]."""
@@ -128,6 +136,7 @@ class Entry:
 
         `within` are the keys the softmax is conditional on, all of them by default.
         """
+        rows, columns = self._place(rows), self._place(columns)
         lse = self.lse[:, rows] if within is None else self.part(within, rows)
         return attend.probabilities(self.q[:, rows], self.k[:, columns], lse, self.scale)
 
@@ -136,24 +145,57 @@ class Entry:
 
         `sharpness` multiplies the logits.
         """
+        rows, columns = self._place(rows), self._place(columns)
         q, k, v = self.q[:, rows], self.k[:, columns], self.v[:, columns]
         return attend.partial(q[None], k[None], v[None], self.scale * sharpness).lse[0]
 
     @cached_property
-    def _centre(self) -> Tensor:
-        return self.k.to(attend.exact_dtype(self.k.dtype)).mean(1, keepdim=True)
+    def _video_alone(self) -> Entry:
+        video = self.columns.video_slice
+        inside = {"k": self.k[:, video], "v": self.v[:, video], "columns": self.columns.with_text(0)}
+        return replace(self, **inside, given_lse=None, given_shares=None)
 
     @cached_property
-    def _deviation(self) -> attend.State:
-        """lse [H, N], and the deviation of the expected key from the mean key [H, N, D]."""
-        values = (self.k - self._centre).to(self.k.dtype)
-        out, lse = attend.partial(self.q[None], self.k[None], values[None], self.scale)
-        return attend.State(out[0], lse[0])
+    def _expected(self) -> attend.State:
+        return expected(self.q, self.k, self.k, self.scale)
 
-    def _kinds(self, side: TokenLayout) -> dict[str, Tensor]:
-        video = torch.from_numpy(region.video().mask(side)).to(self.q.device)
+    def _kinds(self, side: TokenLayout) -> dict[str, Place]:
         if not side.text:
-            return {"text": ~video, "padding": ~video, "video": video}
-        masks = (r.mask(side, self.prompt) for r in (region.text(), region.padding()))
-        text, padding = (torch.from_numpy(mask).to(self.q.device) for mask in masks)
-        return {"text": text, "padding": padding, "video": video}
+            return {"text": slice(0, 0), "padding": slice(0, 0), "video": side.video_slice}
+        text, padding = (index_of(positions, self.q.device) for positions in _text_places(side, self.prompt))
+        return {"text": text, "padding": padding, "video": side.video_slice}
+
+    def _place(self, index: Index) -> Place:
+        return index if isinstance(index, slice | Tensor) else index_of(index, self.q.device)
+
+
+@lru_cache(maxsize=256)
+def _text_places(side: TokenLayout, prompt: Prompt) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions of real text and of padding."""
+    text, padding = (kind.indices(side, prompt).tolist() for kind in (region.text(), region.padding()))
+    return tuple(text), tuple(padding)
+
+
+def expected(q: Tensor, k: Tensor, values: Tensor, scale: float) -> attend.State:
+    """Expected value of each row sum_j p_ij values_j [H, N, D], and lse [H, N], both in the dtype of lse.
+
+    The plain mean of the values stays out of the attention, so that half precision rounds deviations only.
+    """
+    centre = values.to(attend.exact_dtype(values.dtype)).mean(1, keepdim=True)
+    out, lse = attend.partial(q[None], k[None], (values - centre).to(values.dtype)[None], scale)
+    return attend.State(centre + out[0], lse[0])
+
+
+def index_of(positions: Sequence[int], device: torch.device) -> Place:
+    """Positions as an index: a slice where one follows the other, else a tensor that is copied to the device once."""
+    start = positions[0] if positions else 0
+    if tuple(positions) == tuple(range(start, start + len(positions))):
+        return slice(start, start + len(positions))
+    return on_device(tuple(positions), torch.long, device)
+
+
+@lru_cache(maxsize=256)
+def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor that stays on the device: copying them anew at every call would make it wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from probe import attend
+from probe.entry import expected
 from probe.errors import LayoutError, UsageError
 from probe.layout import TokenLayout
 
@@ -116,15 +117,8 @@ def _cosine(a: Map, b: Map, scale: float) -> Tensor:
 
 
 def _kl(a: Map, b: Map, scale: float) -> Tensor:
-    logits = (a.q * _expected(a, a.k, scale)).sum(-1) - (b.q * _expected(a, b.k, scale)).sum(-1)
+    logits = (a.q * expected(a.q, a.k, a.k, scale).out).sum(-1) - (b.q * expected(a.q, a.k, b.k, scale).out).sum(-1)
     return (scale * logits - a.lse + b.lse).clamp_min(0)
-
-
-def _expected(a: Map, keys: Tensor, scale: float) -> Tensor:
-    """Keys expected under a map [H, N, D]. Their plain mean stays out of the attention: it would be rounded too."""
-    centre = keys.to(a.lse.dtype).mean(1, keepdim=True)
-    deviation = (keys - centre).to(keys.dtype)
-    return centre + attend.partial(a.q[None], a.k[None], deviation[None], scale).out[0]
 
 
 def _joint(a: Map, b: Map, scale: float) -> Tensor:

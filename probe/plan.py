@@ -46,6 +46,9 @@ class Handler(ABC):
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:  # noqa: B027 (optional)
         """Called once when a run starts. Forget the last run; refuse what cannot work."""
 
+    def end(self) -> None:  # noqa: B027 (optional)
+        """Called once when a run ends, also after an error. Let go of what was kept for the next call."""
+
     @abstractmethod
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
         """Read or rewrite `call` for its batch entries `rows` (never empty)."""

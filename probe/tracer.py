@@ -85,6 +85,8 @@ class Traced:
             result = _follow(tap, lambda: drive(run.clock), run)
         finally:
             tap.on_forward, tap.place = idle
+            for handler in self.handlers:
+                handler.end()
         run.finish()
         return result
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probe.call import AttentionCall
-from probe.entry import Entry
+from probe.entry import Entry, Place
+from probe.errors import WordError
 from probe.layout import TokenLayout
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where, Which
@@ -69,6 +70,8 @@ class Readout(Handler):
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
         """Reduce each entry of `rows` and keep the result."""
         site, heads = call.site, self.where.head_list(call.q.shape[1])
+        if self.needs_lse:
+            call.lse()
         for row in rows:
             entry = call.entry(row, heads)
             made = self.reduce(entry)
@@ -95,8 +98,18 @@ def _kept(made: Tensor | Mapping[str, Tensor]) -> Any:
     return (made.float() if made.is_floating_point() else made).detach().to("cpu", copy=True).numpy()
 
 
-def group_means(values: Tensor, groups: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Means of values [H, N, ...] over the rows of each named group (bool [N]), [H, groups, ...]; NaN for an empty
-    one.
-    """
+def group_means(values: Tensor, groups: Mapping[str, Place], names: Sequence[str]) -> Tensor:
+    """Means of values [H, N, ...] over the rows of each named group, [H, groups, ...]; NaN for an empty one."""
     return torch.stack([values[:, groups[name]].mean(1) for name in names], 1)
+
+
+def refuse_unknown(words: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Refuse a word that no prompt has, if there are prompts.
+
+    Raises:
+        WordError: a word is in none of the prompts; lists the words.
+    """
+    for word in words if prompts else ():
+        if not any(prompt.has(word) for prompt in prompts):
+            spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
+            raise WordError(f"A word must be in a prompt. Got {word!r}. The words are: {spoken}.")

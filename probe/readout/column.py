@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from probe.entry import Entry
 from probe.layout import TokenLayout
 from probe.readout.base import Readout
 from probe.readout.mass import ROWS
-from probe.transpose import column_sums
 
 GROUPS = ("all", *ROWS)
 TAU = 10.0
@@ -25,15 +23,14 @@ TAU = 10.0
 SINK_MASS = f"mass of the video rows on columns with more than {TAU:g} times their uniform share, 0 to 1"
 TEXT_MASS = "mass of the video rows on the text columns, padding included, 0 to 1"
 
-_VIDEO: WeakKeyDictionary[Entry, Tensor] = WeakKeyDictionary()
-
 
 @dataclass(eq=False)
 class ColumnMass(Readout):
     """`c_j`: mean over the rows of a group of the probability p_ij that falls on key j, joint over all keys.
 
     After a run `values[at]` is a dict: `mass` float32 [H, 4, N] over GROUPS x keys, each row summing to one, NaN for a
-    group without tokens; `text` float32 [H], what the video rows give to the text. What is stored is `mass` of all rows. Large: 8.5 MB per call of CogVideoX-2B.
+    group without tokens; `text` float32 [H], what the video rows give to the text. What is stored is `mass` of all
+    rows. Large: 8.5 MB per call of CogVideoX-2B.
 
     Exact, by one swapped call per group over its own rows, together the work of one attention; see `probe.transpose`.
     Relative error 1e-5 in float32, 2e-4 in half precision. Source: this identity; sinks as in Xiao et al. 2024
@@ -49,13 +46,12 @@ class ColumnMass(Readout):
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
         """`mass` [H, 4, N] and `text` [H]."""
-        video = video_columns(entry)
-        means = [_columns(entry, entry.groups[name]) for name in ("text", "padding")]
-        sizes = torch.stack([entry.groups[name].sum() for name in ROWS]).to(video.dtype)
-        means = torch.stack([*means, video], 1)
-        every = (means * (sizes / sizes.sum())[:, None]).nansum(1)
+        video = entry.video_columns
+        means = [*(entry.column_means(entry.groups[name]) for name in ("text", "padding")), video]
+        sizes = [entry.lse[:, entry.groups[name]].shape[1] for name in ROWS]
+        shares = [mean * (size / sum(sizes)) for mean, size in zip(means, sizes, strict=True)]
         return {
-            "mass": torch.cat([every[:, None], means], 1),
+            "mass": torch.stack([torch.stack(shares).nansum(0), *means], 1),
             "text": video[:, entry.columns.text_slice].sum(-1),
         }
 
@@ -75,16 +71,3 @@ class ColumnMass(Readout):
     def table(self, value: Any) -> NDArray[np.float32]:
         """[H, N], the mean over all rows."""
         return value["mass"][:, GROUPS.index("all")]
-
-
-def video_columns(entry: Entry) -> Tensor:
-    """Mean over the video rows of p_ij, [H, M]: one swapped call, made once per entry, whoever asks."""
-    if entry not in _VIDEO:
-        _VIDEO[entry] = _columns(entry, entry.rows.video_slice)
-    return _VIDEO[entry]
-
-
-def _columns(entry: Entry, rows: slice | Tensor) -> Tensor:
-    """Mean over some rows of p_ij, [H, M]; NaN over none."""
-    q, lse = entry.q[:, rows], entry.lse[:, rows]
-    return column_sums(q, entry.k, lse, entry.scale) / lse.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probe import attend
 from probe.call import AttentionCall
-from probe.entry import Entry
+from probe.entry import Entry, index_of
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
@@ -27,6 +27,8 @@ class TokenReadout(Readout):
     """A readout of the tokens of one tensor: q, k, v, or o, the attention output of each head before the projection
     that follows. `p` stands for the attention map itself.
     """
+
+    needs_lse = False
 
     def __init__(self, tensor: str, known: tuple[str, ...], where: Where | None, stage: Stage) -> None:
         self.source = tensor
@@ -50,7 +52,7 @@ class TokenReadout(Readout):
     def tokens(self, entry: Entry) -> Tensor:
         """[H, tokens, D] of the chosen heads, in at least float32."""
         if self.source == "o":
-            made = self._outputs[entry.branch][list(entry.heads), : entry.rows.total]
+            made = self._outputs[entry.branch][index_of(entry.heads, entry.q.device), : entry.rows.total]
         else:
             made = getattr(entry, self.source)
         return made.to(attend.exact_dtype(made.dtype))
@@ -187,7 +189,7 @@ class Correspondence(TokenReadout):
         there, back = self._scores(entry)
         forth, home = there.argmax(-1), back.argmax(-1)
         height, width = entry.rows.grid.shape[1:]
-        place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).to(forth.device)
+        place = torch.cartesian_prod(*(torch.arange(size, device=forth.device) for size in (height, width)))
         gap = (place[home.gather(1, forth)] - place).abs().amax(-1)
         made = {"match": place[forth], "returns": gap <= self.radius}
         if self.source == "p":

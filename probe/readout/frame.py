@@ -32,10 +32,11 @@ class FrameMass(Readout):
     to one. `video_conditional` renormalises each row of the attention over the video keys before the mean is taken, and
     leaves the text out. Uniform attention gives patches / keys. One frame (a picture) works.
 
-    After a run `values[at]` is float32 [H, F, F + 1], or [H, F, F] without text. The mass of a key set S is
-    exp(lse_S - lse), one small attention per frame: the work of one more attention, none with `fuse=True`, where the
-    output is merged from the same parts (FlashInfer's recursive attention). Source of the matrix: Wen et al. 2025
-    (arXiv 2504.10317). Error: 2e-6 in float32, 1e-4 in half precision.
+    After a run `values[at]` is float32 [H, F, F + 1], or [H, F, F] without text. In single precision it is one more
+    attention, with the frames as one-hot values; in half precision, where these would be rounded, one small attention
+    per frame and the text, exp(lse_S - lse) for a key set S: the work of one more attention too. None with `fuse=True`,
+    where the output is merged from the same parts (FlashInfer's recursive attention). Source of the matrix: Wen et al.
+    2025 (arXiv 2504.10317). Error: 2e-6 in float32, 1e-4 in half precision.
     """
 
     video_conditional: bool = field(default=False, kw_only=True)

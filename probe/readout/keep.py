@@ -28,11 +28,12 @@ class KeepQK(Readout):
     `where` chooses heads and branches, the conditional ones if left out; steps and layers are those of `sites`.
 
     Errors: none in float32. In float16 a bfloat16 number keeps its bits from 6e-5 to 65504; a float32 number is rounded
-    by up to 5e-4 of itself. Cost: no attention where the model attends through torch's own kernels; N + M vectors per
-    head and call, 137 MB for CogVideoX-2B in float16.
+    by up to 5e-4 of itself. Cost: no attention; N + M vectors per head and call, 137 MB for CogVideoX-2B in
+    float16.
     """
 
     stored = "qk"
+    needs_lse = False
 
     def __init__(
         self,

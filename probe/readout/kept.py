@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probe import attend
-from probe.entry import Entry
+from probe.entry import Entry, index_of
 from probe.errors import LayoutError, UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
@@ -47,7 +47,7 @@ class Keys(Pattern):
 
     def mass(self, entry: Entry) -> Tensor:
         prompt = entry.prompt if entry.columns.text and entry.branch.guided and entry.prompts else None
-        columns = torch.from_numpy(self.region.indices(entry.columns, prompt)).to(entry.q.device)
+        columns = index_of(self.region.indices(entry.columns, prompt).tolist(), entry.q.device)
         return _mass(entry, columns, entry.rows.video_slice)
 
     def share(self, layout: TokenLayout) -> float:

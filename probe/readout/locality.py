@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probe import attend, measure
-from probe.entry import Entry
+from probe.entry import Entry, on_device
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.readout.base import Readout
-from probe.readout.column import SINK_MASS, TAU, TEXT_MASS, video_columns
+from probe.readout.column import SINK_MASS, TAU, TEXT_MASS
 from probe.readout.kept import Tube
 from probe.readout.mass import same_frame
 from probe.site import JOINT
@@ -84,10 +84,10 @@ class Locality(Readout):
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
         """See the class."""
-        video, columns = entry.rows.video_slice, video_columns(entry)
+        video, columns = entry.rows.video_slice, entry.video_columns
         spatial, temporal = same_frame(entry)[:, video], Tube(self.radius, own=False).mass(entry)
         bands = [spatial.mean(1), temporal.mean(1), columns[:, entry.columns.text_slice].sum(1)]
-        uniform = torch.tensor(_uniform(entry.columns, self.radius), device=columns.device)
+        uniform = on_device(_uniform(entry.columns, self.radius), torch.float32, columns.device)
         return _tables(entry) | {
             "bands": torch.stack(bands, 1),
             "uniform": uniform.expand(len(columns), -1),
@@ -112,8 +112,8 @@ def _tables(entry: Entry) -> dict[str, Tensor]:
     q, k = entry.q[:, entry.rows.video_slice], entry.k[:, entry.columns.video_slice]
     heads, _, width = q.shape
     sizes = entry.columns.grid.shape
-    index = torch.from_numpy(np.indices(sizes).reshape(3, -1)).to(q.device)
-    places = torch.cat([F.one_hot(at, size) for at, size in zip(index, sizes, strict=True)], 1).to(q.dtype)
+    index = torch.cartesian_prod(*(torch.arange(size, device=q.device) for size in sizes))
+    places = torch.cat([F.one_hot(at, size) for at, size in zip(index.mT, sizes, strict=True)], 1).to(q.dtype)
     parts = []
     for group in places.split(width, 1):
         values = F.pad(group, (0, width - group.shape[1])).expand(1, heads, -1, -1)
@@ -123,11 +123,11 @@ def _tables(entry: Entry) -> dict[str, Tensor]:
     return {axis: side[i] for i, (axis, side) in enumerate(zip(AXES, joined, strict=True))}
 
 
-def _uniform(layout: TokenLayout, radius: int) -> list[float]:
+def _uniform(layout: TokenLayout, radius: int) -> tuple[float, ...]:
     """Mean share of keys in each of BANDS, over the video rows."""
     frames, *sizes = layout.grid.shape
     near = np.prod([(np.abs(np.subtract.outer(range(n), range(n))) <= radius).sum(1).mean() for n in sizes])
-    return [count / layout.total for count in (layout.grid.patches, (frames - 1) * float(near), layout.text)]
+    return tuple(count / layout.total for count in (layout.grid.patches, (frames - 1) * float(near), layout.text))
 
 
 def _distances(tables: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:

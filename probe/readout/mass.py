@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe.entry import Entry
+from probe import attend
+from probe.entry import Entry, Place
 from probe.layout import TokenLayout
 from probe.readout.base import Readout, group_means
 from probe.site import JOINT
@@ -37,8 +38,8 @@ class RegionMass(Readout):
 
     Rows and columns are ROWS x COLUMNS, joint over all keys. Text rows have no frame of their own: all their video mass
     counts as other frames. A row group without tokens (a prompt that fills the whole text length has no padding; cross
-    attention has video rows only) is NaN. The mass of a key set S is exp(lse_S - lse), exact by one small attention for
-    the text, the padding, and each frame on itself; other frames are the remainder. `probe.measure.enrichment` makes
+    attention has video rows only) is NaN. The mass of a key set S is exp(lse_S - lse): exact, by thin products for text
+    and padding and one batch of small attentions for each frame on itself; other frames are the remainder. `probe.measure.enrichment` makes
     lift of it.
 
     After a run `values[at]` is float32 [H, 3, 4]. Where text and video attend apart (Wan), this is the cross attention:
@@ -54,7 +55,7 @@ class RegionMass(Readout):
 
     def reduce(self, entry: Entry) -> Tensor:
         """[H, 3, 4]."""
-        text, padding = (torch.exp(entry.part(entry.column_groups[c]) - entry.lse) for c in ("text", "padding"))
+        text, padding = (_mass_on(entry, entry.column_groups[name]) for name in ("text", "padding"))
         same = same_frame(entry)
         other = (1 - text - padding - same).clamp_min(0) if entry.columns.frames else torch.zeros_like(text)
         return group_means(torch.stack([text, padding, same, other], -1), entry.groups, ROWS)
@@ -70,12 +71,32 @@ class RegionMass(Readout):
         return layout.text / layout.total + layout.grid.size * layout.grid.patches / layout.total**2
 
 
+_FEW = 64
+"""Columns up to which a thin product beats an attention over them."""
+
+
+def _mass_on(entry: Entry, columns: Place) -> Tensor:
+    """Probability each row puts on some columns, [H, N]."""
+    count = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
+    if count <= _FEW:
+        return entry.weights(columns=columns).sum(-1)
+    return torch.exp(entry.part(columns) - entry.lse)
+
+
 def same_frame(entry: Entry) -> Tensor:
-    """Probability each video row puts on its own frame, [H, N]; 0 for text rows."""
-    same = torch.zeros_like(entry.lse)
-    for index, frame in enumerate(entry.rows.frame_slices() if entry.columns.frames else ()):
-        if entry.has_shares:
+    """Probability each video row puts on its own frame, [H, N]; 0 for text rows. All frames in one batch of small
+    attentions.
+    """
+    same, rows, columns = torch.zeros_like(entry.lse), entry.rows, entry.columns
+    if not columns.frames:
+        return same
+    if entry.has_shares:
+        for index, frame in enumerate(rows.frame_slices()):
             same[:, frame] = entry.shares[:, frame, index]
-        else:
-            same[:, frame] = torch.exp(entry.part(frame, rows=frame) - entry.lse[:, frame])
+        return same
+    apart = (rows.frames, rows.grid.patches)
+    q = entry.q[:, rows.video_slice].unflatten(1, apart).transpose(0, 1)
+    k, v = (x[:, columns.video_slice].unflatten(1, apart).transpose(0, 1) for x in (entry.k, entry.v))
+    inside = attend.partial(q, k, v, entry.scale).lse.transpose(0, 1).flatten(1)
+    same[:, rows.video_slice] = torch.exp(inside - entry.lse[:, rows.video_slice])
     return same

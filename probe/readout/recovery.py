@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe.entry import Entry
+from probe.entry import Entry, on_device
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.readout.base import Readout
@@ -66,7 +66,8 @@ class Recovery(Readout):
 
     def reduce(self, entry: Entry) -> Tensor:
         """[H, 2]."""
-        rows = torch.from_numpy(video_rows(entry.rows, self.rows, self.seed).ravel()).to(entry.q.device)
+        drawn = video_rows(entry.rows, self.rows, self.seed).ravel().tolist()
+        rows = on_device(tuple(drawn), torch.long, entry.q.device)
 
         def of(part: Tensor) -> OfHead:
             masks = self._masks(entry.columns, part - entry.rows.video_slice.start)
@@ -87,8 +88,8 @@ class Recovery(Readout):
 
     def _masks(self, columns: TokenLayout, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The keys that video rows (counted from the first one) keep, by PATTERNS, bool [r, M]."""
-        places = torch.from_numpy(np.indices(columns.grid.shape).reshape(3, -1).astype(np.int16))
-        frame, down, right = places.to(rows.device)
+        axes = (torch.arange(size, dtype=torch.int16, device=rows.device) for size in columns.grid.shape)
+        frame, down, right = torch.cartesian_prod(*axes).mT
         spatial = torch.ones(len(rows), columns.total, dtype=torch.bool, device=rows.device)
         temporal = spatial.clone()
         spatial[:, columns.video_slice] = frame[rows, None] == frame

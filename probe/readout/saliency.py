@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from probe.entry import Entry
-from probe.errors import UsageError, WordError
+from probe.entry import Entry, index_of
+from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
+from probe.readout.base import refuse_unknown
 from probe.readout.feature import TokenReadout, by_head
 from probe.site import JOINT, Branch, Where
 from probe.word import Prompt
@@ -54,10 +55,7 @@ class OutputSaliency(TokenReadout):
         """
         super().begin(prompts, steps, layers)
         self.words_of: dict[Branch, tuple[str, ...]] = {}
-        for word in self.words if prompts else ():
-            if not any(prompt.has(word) for prompt in prompts):
-                spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
-                raise WordError(f"A word must be in a prompt. Got {word!r}. The words are: {spoken}.")
+        refuse_unknown(self.words, prompts)
 
     def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
         """cosine and dot [heads or 1, words, F, Y, X]."""
@@ -67,7 +65,8 @@ class OutputSaliency(TokenReadout):
         self.words_of[entry.branch] = words
         tokens = by_head(self.tokens(entry), self.per_head)
         text, video = tokens[:, entry.rows.text_slice], tokens[:, entry.rows.video_slice]
-        means = torch.stack([text[:, list(entry.prompt.tokens_of(word))].mean(1) for word in words], 1)
+        places = (index_of(entry.prompt.tokens_of(word), text.device) for word in words)
+        means = torch.stack([text[:, place].mean(1) for place in places], 1)
         made = {"cosine": F.normalize(means, dim=-1) @ F.normalize(video, dim=-1).mT, "dot": means @ video.mT}
         return {name: values.unflatten(-1, entry.rows.grid.shape) for name, values in made.items()}
 

@@ -21,8 +21,8 @@ class Settling(Compared):
     a is the step before and b the step of `values[at]`. The first selected step, also of a resumed run, has no value.
     Measures, keys, values and errors are those of `Similarity`. A head whose similarity stays near 1 has settled.
 
-    Memory: q, k and lse of the step before stay on the device for every layer and branch, until the last step; with
-    CogVideoX-2B in half precision 139 MB each.
+    Memory: q, k and lse of the step before stay on the device for every layer and branch, until the last step, or `end`
+    where that has fewer turns (Heun's method); with CogVideoX-2B in half precision 139 MB each.
     """
 
     label = "settling"
@@ -44,6 +44,10 @@ class Settling(Compared):
         super().begin(prompts, steps, layers)
         self._before: dict[tuple[Site, Branch], Map] = {}
         self._last = max(chosen(self.where.steps, steps), default=-1) if steps else -1
+
+    def end(self) -> None:
+        """Let go of the maps that the last step met no more."""
+        self._before = {}
 
     def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
         """measure -> [H, 2]; None in the first step."""

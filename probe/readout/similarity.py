@@ -76,8 +76,9 @@ class Similarity(Compared):
     """How alike two branches of one call attend: prompts, seeds, or the halves of guidance, side by side in one batch.
 
     `a` and `b` choose batch entries, a `Which` or any function of a `Branch`; left out, the conditional and the
-    unconditional half. The first of a meets the first of b, and so on; or every one of a the single one of b. Seeds are
-    the same prompt given twice. `measures` are some of bhattacharyya, cosine and kl (of a from b), as probe.likeness
+    unconditional half; of both, those that the branches of `where` let through. The first of a meets the first of b,
+    and so on; or every one of a the single one of b. Seeds are the same prompt given twice, or the copies of one.
+    `measures` are some of bhattacharyya, cosine and kl (of a from b), as probe.likeness
     defines them. `keys` are all, or the video alone: rows and columns are the video then, and p is conditional on it;
     this also compares prompts that show a different number of text tokens.
 
@@ -100,7 +101,11 @@ class Similarity(Compared):
     ) -> None:
         one, two = a or Which(guided=True), b or Which(guided=False)
         self.a, self.b = one, two
-        where = replace(where or Where(), branches=lambda branch: one(branch) or two(branch))
+        where = where or Where()
+        chosen = where.branches
+        where = replace(
+            where, branches=lambda branch: (one(branch) or two(branch)) and (chosen is None or chosen(branch))
+        )
         super().__init__(where, measures, keys, stage)
 
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
@@ -135,8 +140,8 @@ class Similarity(Compared):
 
     def _pairs(self, site: Site, branches: Sequence[Branch]) -> dict[int, int]:
         """Batch entry of a -> batch entry of b."""
-        ones = [i for i, branch in enumerate(branches) if self.a(branch)]
-        others = [i for i, branch in enumerate(branches) if self.b(branch)]
+        rows = self.where.rows(branches)
+        ones, others = ([i for i in rows if side(branches[i])] for side in (self.a, self.b))
         if len(others) == 1:
             others *= len(ones)
         if not ones or len(ones) != len(others):
@@ -147,8 +152,8 @@ class Similarity(Compared):
             )
         if len({branches[i] for i in ones}) < len(ones):
             raise UsageError(
-                f"Compared entries must be told apart by their branches. Got {branches[ones[0]]} more than once. Give "
-                "the prompt twice instead of asking for several videos of it."
+                f"Compared entries must be told apart by their branches. Got {branches[ones[0]]} more than once. Tell "
+                "the clock a copy for each."
             )
         return dict(zip(ones, others, strict=True))
 

@@ -16,7 +16,7 @@ from probe.entry import Entry
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.readout.base import Readout
-from probe.readout.column import TAU, video_columns
+from probe.readout.column import TAU
 
 PLACES = ("text", "first_token", "padding", "first_frame", "border")
 """Real text tokens (the first one among them), padding, frame 0, and the outermost patches of every frame."""
@@ -49,7 +49,8 @@ class Sinks(Readout):
     - `count` int [H] size of the set, `places` int [H, 5] how many of it lie in each of PLACES;
     - `value_ratio` and `key_ratio` float [H], mean norm ratios over the set; `removed` and `zeroed` float [H].
 
-    Extra work: one swapped call, and where a head has sinks one call for those heads and a thin one. Errors: masses
+    Extra work: one swapped call, and where a head has sinks one call for those heads and a thin one; which heads these
+    are is read back, so the program waits for the device. Errors: masses
     1e-5 in float32, 2e-4 in half precision; `removed` and `zeroed` 1e-5, 1e-2 in half precision. Source: attention
     sinks in Xiao et al. 2024 (arXiv 2309.17453); inertness as in Wen et al. 2025 (arXiv 2504.10317), own measure.
 
@@ -78,7 +79,7 @@ class Sinks(Readout):
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
         """See the class."""
-        columns = video_columns(entry)
+        columns = entry.video_columns
         sinks = columns * entry.keys > self.tau if self.eps is None else columns > self.eps
         value, key = (_norm_ratio(x, columns.dtype) for x in (entry.v, entry.k))
         mass, top = columns.topk(min(self.most, entry.keys))
@@ -116,14 +117,17 @@ def _norm_ratio(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _places(entry: Entry) -> Tensor:
     """bool [5, M]: which keys lie in each of PLACES."""
     layout, groups = entry.columns, entry.column_groups
-    first_token, first_frame, border = (torch.zeros_like(groups["text"]) for _ in range(3))
-    first_token[layout.text_slice.start : layout.text_slice.start + min(layout.text, 1)] = True
+    places = torch.zeros(len(PLACES), layout.total, dtype=torch.bool, device=entry.q.device)
+    text, first_token, padding, first_frame, border = places
+    text[groups["text"]] = padding[groups["padding"]] = True
+    first = slice(layout.text_slice.start, layout.text_slice.start + min(layout.text, 1))
+    first_token[first] = text[first]
     if layout.frames:
         first_frame[layout.frame_slice(0)] = True
         inside = torch.ones(layout.grid.shape, dtype=torch.bool, device=border.device)
         inside[:, 1:-1, 1:-1] = False
         border[layout.video_slice] = inside.flatten()
-    return torch.stack([groups["text"], first_token & groups["text"], groups["padding"], first_frame, border])
+    return places
 
 
 def _inertness(entry: Entry, sinks: Tensor) -> tuple[Tensor, Tensor]:

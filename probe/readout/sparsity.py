@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe import attend
-from probe.entry import Entry
+from probe import attend, region
+from probe.entry import Entry, index_of, on_device
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.readout.base import Readout
@@ -86,7 +86,7 @@ class Sparsity(Readout):
         """`mean` and `half_width` [H, 2, 12]."""
         video = video_rows(entry.rows, self.rows, self.seed)
         text, every = self._text(entry)
-        rows = torch.cat([torch.from_numpy(video.ravel()).to(text.device), text])
+        rows = on_device((*video.ravel().tolist(), *text), torch.long, entry.q.device)
         blocks = _pooled_choice(entry, self.block)
 
         def of(part: Tensor) -> OfHead:
@@ -108,12 +108,12 @@ class Sparsity(Readout):
         means = {name: value["mean"][:, 0, i] for i, name in enumerate(QUANTITIES)}
         return means | {f"{name}_half_width": value["half_width"][:, 0, i] for i, name in enumerate(QUANTITIES)}
 
-    def _text(self, entry: Entry) -> tuple[Tensor, int]:
+    def _text(self, entry: Entry) -> tuple[list[int], int]:
         """The drawn rows of real text tokens, and how many there are of those."""
         if not self.text_rows or not entry.rows.text:
-            return torch.zeros(0, dtype=torch.long, device=entry.q.device), 0
-        every = entry.groups["text"].nonzero()[:, 0]
-        return every[torch.from_numpy(draw(1, len(every), self.text_rows, self.seed)[0]).to(every.device)], len(every)
+            return [], 0
+        every = region.text().indices(entry.rows, entry.prompt)
+        return every[draw(1, len(every), self.text_rows, self.seed)[0]].tolist(), len(every)
 
     def _of_rows(self, p: Tensor, kept: Tensor) -> Tensor:
         """QUANTITIES of rows p [r, N], [r, 12]; `kept` [4, r, C] are the blocks each row keeps."""
@@ -122,8 +122,8 @@ class Sparsity(Readout):
         blocks = F.pad(p, (0, -keys % self.block)).unflatten(-1, (-1, self.block)).sum(-1)
         recall = [(blocks * chosen).sum(-1) for chosen in kept]
         mass = _strongest_first(p).cumsum(-1)
-        top = mass[:, [_remaining(keys, s) - 1 for s in DROPPED]]
-        wanted = mass.new_tensor(WANTED).div(100).repeat(len(p), 1)
+        top = mass[:, index_of([_remaining(keys, s) - 1 for s in DROPPED], p.device)]
+        wanted = on_device(WANTED, mass.dtype, mass.device).div(100).repeat(len(p), 1)
         needed = (torch.searchsorted(mass, wanted) + 1).clamp_max(keys) / keys
         return torch.cat([top, needed, torch.stack([above, *recall], -1)], -1).to(p.dtype)
 

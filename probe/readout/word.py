@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probe.entry import Entry
-from probe.errors import UsageError, WordError
+from probe.entry import Entry, on_device
+from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
-from probe.readout.base import Readout
+from probe.readout.base import Readout, refuse_unknown
 from probe.site import JOINT, Branch, Where
 from probe.word import Prompt
 
@@ -77,19 +76,19 @@ class WordMaps(Readout):
         """
         super().begin(prompts, steps, layers)
         self.words_of: dict[Branch, tuple[str, ...]] = {}
+        self._tokens: dict[Branch, list[tuple[int, ...]]] = {}
         self._count = max([len(self.words), *(len(self._words_of(prompt)) for prompt in prompts)])
-        for word in self.words if prompts else ():
-            if not any(prompt.has(word) for prompt in prompts):
-                spoken = "; ".join(", ".join(prompt.words) for prompt in prompts)
-                raise WordError(f"A word must be in a prompt. Got {word!r}. The words are: {spoken}.")
+        refuse_unknown(self.words, prompts)
 
     def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
         """direction -> [heads or 1, words, F, Y, X]."""
-        words = self._words_of(entry.prompt)
-        if not words:
+        if entry.branch not in self._tokens:
+            words = self._words_of(entry.prompt)
+            self._tokens[entry.branch] = [entry.prompt.tokens_of(word) for word in words]
+            self.words_of |= {entry.branch: words} if words else {}
+        tokens = self._tokens[entry.branch]
+        if not tokens:
             return None
-        self.words_of[entry.branch] = words
-        tokens = [entry.prompt.tokens_of(word) for word in words]
         return {direction: self._map(entry, tokens, direction) for direction in self.directions}
 
     def cost(self, layout: TokenLayout) -> float:
@@ -127,9 +126,15 @@ def _lift(entry: Entry, tokens: list[tuple[int, ...]], direction: str) -> Tensor
     sizes, flat = [len(word) for word in tokens], [token for word in tokens for token in word]
     if direction == "tv":
         words = [entry.rows.text_slice.start + token for token in flat]
-        parts = entry.weights(rows=words, columns=entry.columns.video_slice).split(sizes, dim=-2)
-        return torch.stack([part.mean(-2) for part in parts], 1) * entry.keys
+        weights = entry.weights(rows=words, columns=entry.columns.video_slice)
+        return _means(sizes, weights).mT @ weights * entry.keys
     words = [entry.columns.text_slice.start + token for token in flat]
     within, keys = (entry.columns.text_slice, entry.columns.text) if direction == "vt_text" else (None, entry.keys)
-    parts = entry.weights(entry.rows.video_slice, words, within).split(sizes, dim=-1)
-    return torch.stack([part.mean(-1) for part in parts], 1) * keys
+    weights = entry.weights(entry.rows.video_slice, words, within)
+    return (weights @ _means(sizes, weights)).mT * keys
+
+
+def _means(sizes: list[int], like: Tensor) -> Tensor:
+    """[tokens, words]: multiplied by it, the tokens of each word are averaged."""
+    rows = [[(word == at) / size for at in range(len(sizes))] for word, size in enumerate(sizes) for _ in range(size)]
+    return on_device(tuple(x for row in rows for x in row), like.dtype, like.device).view(-1, len(sizes))

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import probe
+from probe.entry import Entry
 from probe.layout import Grid
-from probe.readout.column import GROUPS, ColumnMass, video_columns
+from probe.readout.column import GROUPS, ColumnMass
+from probe.readout.locality import Locality
 from probe.readout.sink import PLACES, Sinks
 from probe.transpose import column_sums
 from tests.probe.readout import calls
@@ -57,32 +59,27 @@ def test_column_metrics_equal_the_matrix(dtype, given):
     metrics, p = readout.metrics(value_of(readout, call)), matrix(call)
     c = p[:, where(call, "rows", "video")].mean(1)
     text = where(call, "columns", "text") + where(call, "columns", "padding")
-    first, later = where(call, "columns", "video", 0), [i for f in (1, 2) for i in where(call, "rows", "video", f)]
     expected = {
         "sink_score": c.max(-1),
         "sink_mass": np.where(c * c.shape[-1] > 10, c, 0).sum(-1),
         "text_mass": c[:, text].sum(-1),
-        "first_frame_mass": p[:, later][..., first].sum(-1).mean(1) if first else np.full(2, np.nan),
     }
     assert set(metrics) == set(readout.definitions) == set(expected)
     for name, heads in expected.items():
         assert metrics[name] == pytest.approx(heads, abs=BOUND[dtype], nan_ok=True)
 
 
-def test_a_picture_has_no_later_frames():
-    readout = ColumnMass()
-    assert np.isnan(readout.metrics(value_of(readout, one_call(grid=Grid(1, 2, 4))))["first_frame_mass"]).all()
-
-
 def test_column_sums_of_video_rows_are_made_once_for_an_entry(monkeypatch):
     count, call = [], one_call()
-    monkeypatch.setattr("probe.readout.column.column_sums", lambda *a: count.append(1) or column_sums(*a))
+    monkeypatch.setattr("probe.entry.column_sums", lambda *a: count.append(1) or column_sums(*a))
     value_of(Sinks(), call)
-    value_of(Sinks(tau=2), call)
+    value_of(Locality(), call)
     assert len(count) == 1
+    value_of(ColumnMass(), call)
+    assert len(count) == 3  # the text and the padding rows
     call.rebind(k=call.k * 2)
-    again = video_columns(call.entry(0)).numpy()
-    assert len(count) == 2
+    again = call.entry(0).video_columns.numpy()
+    assert len(count) == 4
     video = call.layout.video_slice
     assert np.abs(again - matrix(call)[:, video].mean(1)).max() < 1e-6
 
@@ -184,14 +181,14 @@ def test_heads_without_sinks_cost_no_further_call(monkeypatch):
     call, entry_call = one_call(sharp=0.1), []
     call.lse()
     monkeypatch.setattr("probe.readout.sink.attend.partial", lambda *a, **k: entry_call.append(1))
-    monkeypatch.setattr("probe.readout.sink.video_columns", lambda entry: torch.full((2, 31), 1 / 31))
+    monkeypatch.setattr(Entry, "video_columns", torch.full((2, 31), 1 / 31))
     assert np.isnan(value_of(Sinks(), call)["removed"]).all()
     assert not entry_call
 
 
 def test_predicted_cost_is_that_of_the_swapped_call_and_the_complement():
     layout = one_call().layout
-    assert ColumnMass().cost(layout) == pytest.approx(1 + 8 / 31)
+    assert ColumnMass().cost(layout) == 1
     assert Sinks().cost(layout) == 2
 
 

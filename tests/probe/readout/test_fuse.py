@@ -14,6 +14,7 @@ from probe.readout.token import TokenMass
 from tests import tiny
 from tests.probe.readout import calls
 
+PARTS = [8, 8, 8, 7]
 MASSES = {"frames": FrameMass, "regions": probe.RegionMass, "tokens": TokenMass, "words": lambda: probe.WordMaps("cat")}
 
 
@@ -121,8 +122,42 @@ def test_readouts_of_one_call_share_their_parts(partials, order):
         return len(partials) / 6
 
     apart = {name: count(make()) for name, make in MASSES.items()}
-    assert apart == {"frames": 4, "regions": 5, "tokens": 0, "words": 0}
-    assert count(*(MASSES[name]() for name in order)) == 6  # the frames' parts, text and padding
+    assert apart == {"frames": 1, "regions": 1, "tokens": 0, "words": 0}
+    assert count(*(MASSES[name]() for name in order)) == 1  # the frames', which serve the regions too
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float64, [31]), (torch.float32, [31]), (torch.bfloat16, PARTS)])
+def test_half_precision_measures_frames_in_parts(partials, dtype, parts):
+    """One-hot values take one attention, whose output half precision would round."""
+    call = calls.one_call(dtype)
+    call.run_with_lse()
+    calls.value_of(FrameMass(), call)
+    assert partials == parts
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, [31, 31]), (torch.bfloat16, [31, *PARTS])])
+def test_a_fused_call_gives_its_parts_to_entries_that_were_there_before(partials, dtype, parts):
+    """A readout of the model's own tensors comes first, and knows no parts."""
+    call = calls.one_call(dtype)
+    before = calls.value_of(FrameMass(stage=probe.Stage.BEFORE), call)
+    assert partials == parts
+    call.run_in_parts()
+    assert partials == [*parts, *PARTS]
+    regions = calls.value_of(probe.RegionMass(), call)
+    again = calls.value_of(FrameMass(), call)
+    assert partials == [*parts, *PARTS]  # nothing of its own: text and padding are thin products
+    assert np.abs(again - before).max() < 5e-5
+    assert np.abs(regions[:, 2, 2:].sum(-1) - again[..., :3].sum(-1).mean(1)).max() < 5e-5
+
+
+def test_an_entry_knows_the_log_normaliser_that_came_after_it(partials):
+    call = calls.one_call()
+    entry = call.entry(0)
+    assert partials == []
+    call.run_with_lse()
+    assert call.entry(0) is entry
+    assert torch.equal(entry.lse, call.lse()[0])
+    assert partials == []
 
 
 def test_the_entropy_within_the_video_needs_no_log_normaliser_of_its_own(partials):

@@ -1,12 +1,14 @@
 """Kept Q and K: the tensors of the chosen calls, and of no others."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import probe
+from probe.readout.feature import Features
 from probe.readout.keep import KeepQK
 from tests import tiny
 from tests.oracle import weights
@@ -74,11 +76,13 @@ def test_only_the_chosen_pairs_are_kept():
     assert keep.cost(probe.TokenLayout("text-video", 12, probe.Grid(3, 4, 4))) == 0
 
 
-def test_keeping_takes_no_attention(monkeypatch):
-    """The log-normaliser that entries carry comes with the model's own attention."""
+@pytest.mark.parametrize("stage", [probe.Stage.BEFORE, probe.Stage.USED])
+@pytest.mark.parametrize("make", [partial(KeepQK, [(0, 0)]), partial(Features, "k")], ids=["qk", "features"])
+def test_keeping_takes_no_attention(monkeypatch, make, stage):
     extra = []
     monkeypatch.setattr("probe.call.attend.partial", lambda *a, **k: extra.append(a))
-    tiny.latents(probe.trace(tiny.pipeline(), KeepQK([(0, 0)])), steps=1)
+    monkeypatch.setattr("probe.call.attend.plain", lambda *a, **k: extra.append(a))
+    tiny.latents(probe.trace(tiny.pipeline(), make(stage=stage)), steps=1)
     assert not extra
 
 

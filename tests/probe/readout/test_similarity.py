@@ -137,6 +137,16 @@ def test_several_are_compared_in_order_or_with_one():
         np.testing.assert_allclose(readout.values[place]["bhattacharyya"], expected, atol=5e-6)
 
 
+def test_where_chooses_among_the_branches_of_both_sides():
+    four = [one_call(seed=seed) for seed in range(4)]
+    branches = tuple(probe.Branch(prompt=n, guided=guided) for guided in (False, True) for n in (0, 1))
+    readout = Similarity(where=probe.Where(branches=probe.Which(prompt=1)))
+    call = batch(*four, branches=branches)
+    readout.serve(call, readout.where.rows(branches))
+    assert readout.other == {branches[3]: branches[1]}
+    assert [at.branch for at in readout.values] == [branches[3]]
+
+
 def test_heads_can_be_chosen():
     one, two = pair()
     every, second = Similarity(), Similarity(where=probe.Where(heads=1))
@@ -231,6 +241,18 @@ def test_settling_compares_neighbouring_steps():
         now, before = (kept_matrix(keep.values[keep.at(step=step)[0]]) for step in (at.step, at.step - 1))
         assert_close(value, slow(before, now, RUN_ROWS), torch.float32)
         assert (value["kl"] > 1e-3).all()
+
+
+def test_settling_lets_go_of_turns_that_the_last_step_does_not_have():
+    """Heun's method evaluates the model twice a step, and once in the last."""
+    readout, call = Settling(), one_call()
+    readout.begin((), 2, 1)
+    for step, turn in ((0, 0), (0, 1), (1, 0)):
+        readout.serve(replace(call, site=replace(call.site, step=step, turn=turn)), (0,))
+    assert readout._before
+    readout.end()
+    assert not readout._before
+    assert [(at.step, at.turn) for at in readout.values] == [(1, 0)]
 
 
 def test_settling_compares_the_steps_that_are_selected():
