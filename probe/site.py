@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from numbers import Integral
 
 from probe.errors import UsageError
 
@@ -144,7 +143,7 @@ def chosen(span: Span, n: int) -> tuple[int, ...]:
         return tuple(range(*span.indices(n)))
     if isinstance(span, Progress):
         return tuple(i for i in range(n) if span.start <= i / n < span.stop)
-    wanted = {int(i) for i in ((span,) if isinstance(span, Integral) else span)}
+    wanted = {int(i) for i in _members(span)}
     outside = sorted(i for i in wanted if not -n <= i < n)
     if outside:
         raise UsageError(f"A selection must lie in 0 to {n - 1}. Got {outside}. Choose among those {n}.")
@@ -162,4 +161,9 @@ def _in(span: Span, value: int) -> bool:
         return start <= value < stop
     if isinstance(span, Progress):
         raise UsageError("Turns must be selected by number or range. Got a progress interval.")
-    return value in ((span,) if isinstance(span, Integral) else span)
+    return value in _members(span)
+
+
+def _members(span: int | Collection[int]) -> Collection[int]:
+    """A set of numbers, also of one; numpy's integers count."""
+    return span if isinstance(span, Collection) else (int(span),)

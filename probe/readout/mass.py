@@ -39,8 +39,8 @@ class RegionMass(Readout):
     Rows and columns are ROWS x COLUMNS, joint over all keys. Text rows have no frame of their own: all their video mass
     counts as other frames. A row group without tokens (a prompt that fills the whole text length has no padding; cross
     attention has video rows only) is NaN. The mass of a key set S is exp(lse_S - lse): exact, by thin products for text
-    and padding and one batch of small attentions for each frame on itself; other frames are the remainder. `probe.measure.enrichment` makes
-    lift of it.
+    and padding and one batch of small attentions for each frame on itself; other frames are the remainder.
+    `probe.measure.enrichment` makes lift of it.
 
     After a run `values[at]` is float32 [H, 3, 4]. Where text and video attend apart (Wan), this is the cross attention:
     text and padding share all of it. Conditional branches only. Error: 5e-6 in float32, 1e-4 in half precision.
