@@ -6,9 +6,10 @@ CUDA it is the median of events. Memory is the peak that a method adds to what w
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ class Timed:
             "extra MB": f"{self.memory / 1e6:.1f}",
             "error": "" if self.error is None else f"{self.error:.1e}",
         }
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch computes with `count` threads inside, and as before after it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(methods: Sequence[Method], device: str, rounds: int, warm: int = 1) -> list[Timed]:

@@ -39,8 +39,8 @@ def attention(
     from recipes.bench_attention import Bench, shape_of
 
     shape = shape_of(size)
-    place, kind = _place(device, dtype, threads)
-    _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, format)
+    place, kind = _place(device, dtype)
+    _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
 
 
 @app.command()
@@ -55,26 +55,26 @@ def record(
     """A whole forward: recording beside plain generation."""
     from recipes.bench_record import methods
 
-    place, kind = _place(device, dtype, threads)
+    place, kind = _place(device, dtype)
     title, made = methods(size, place, kind)
-    _print(title, made, place, kind, rounds, format)
+    _print(title, made, place, kind, rounds, threads, format)
 
 
-def _place(device: str | None, dtype: str | None, threads: int) -> tuple[str, Any]:
+def _place(device: str | None, dtype: str | None) -> tuple[str, Any]:
     import torch
 
-    torch.set_num_threads(threads)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"A benchmark must run on a device that is there. Got {place}, and torch sees no GPU.")
     return place, getattr(torch, dtype or ("float32" if place == "cpu" else "bfloat16"))
 
 
-def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, format: str) -> None:
+def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, threads: int, format: str) -> None:
     from recipes import bench
 
-    timed = bench.measure(methods, device, rounds)
-    plain, header = timed[0].seconds, bench.header(device, dtype)
+    with bench.threads(threads):
+        timed, header = bench.measure(methods, device, rounds), bench.header(device, dtype)
+    plain = timed[0].seconds
     if format == "json":
         console.data({"size": title, "on": header, "methods": [one.facts(plain) for one in timed]})
         return

@@ -39,8 +39,11 @@ def test_record(capsys):
 
 
 def test_tables_for_people(capsys):
-    main_ok(["bench", "attention", "--size", "tiny", "--rounds", "1"])
+    before = torch.get_num_threads()
+    main_ok(["bench", "attention", "--size", "tiny", "--rounds", "1", "--threads", str(before + 1)])
     said = capsys.readouterr().out
+    assert f"cpu, {before + 1} threads" in said
+    assert torch.get_num_threads() == before
     assert "x plain" in said
     assert "plain attention by" in said
 

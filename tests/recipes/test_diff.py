@@ -317,7 +317,7 @@ def test_people_see_tables(runs, capsys):
 def test_a_run_of_probe_record_has_no_recipe_to_compare(runs, tmp_path):
     rows = {row["what"]: row for row in unlike(made_up(tmp_path / "a", samples.record(0)), Run(runs["red"]))}
     assert rows["prompts"] == {"what": "prompts", "A": None, "B": [tiny.PROMPT]}
-    assert rows["recipe.record.heads"] == {"what": "recipe.record.heads", "A": None, "B": "each"}
+    assert rows["recipe.record.heads"] == {"what": "recipe.record.heads", "A": None, "B": "mean"}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tests.recipes.line import FAST, main_ok, refused
 def single(toy, tmp_path_factory):
     """A finished run of one prompt."""
     folder = tmp_path_factory.mktemp("runs") / "single"
-    main_ok(["record", tiny.PROMPT, "-m", toy, *FAST, "--out", str(folder)])
+    main_ok(["record", tiny.PROMPT, "-m", toy, *FAST, "--set", "record.heads=each", "--out", str(folder)])
     return folder
 
 
