@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from probe.errors import TapError
 from probe.layout import TokenLayout
 from probe.site import SPLIT, Branch, Site
 from probe.word import Prompt
+
+if TYPE_CHECKING:
+    from probe.block import Later
+    from probe.models.rope import Rope
+    from probe.weigh import Change
 
 _PART_BYTES = 2**28
 """Most memory that the outputs of parts take at once."""
@@ -25,7 +31,8 @@ class AttentionCall:
     Edits rebind `q`, `k`, `v` (never write into them: the model may hold views); merges rebind `out`. `own` keeps the
     tensors as the model made them, so that what a source gives does not depend on the order of edits. `layout` is the
     joint sequence; `rows` and `columns` are what this call's queries and keys are, which differ in self and cross
-    attention. `mask` is the model's own key mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each
+    attention. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward or
+    the block returns. `rope` is how the model rotates q and k, None where it does not. `mask` is the model's own key mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each
     batch entry may see, always the first ones. `native` says that the model attends through torch's own kernels.
     """
 
@@ -41,10 +48,14 @@ class AttentionCall:
     visible: tuple[int, ...] | None = None
     native: bool = True
     out: Tensor | None = None
+    rope: Rope | None = None
+    changes: list[Change] = field(default_factory=list, repr=False)
+    later: list[Later] = field(default_factory=list, repr=False)
     own: dict[str, Tensor] = field(init=False, repr=False)
     _lse: Tensor | None = field(default=None, init=False, repr=False)
     _shares: Tensor | None = field(default=None, init=False, repr=False)
     _entries: dict[tuple[int, tuple[int, ...]], Entry] = field(default_factory=dict, init=False, repr=False)
+    _writable: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.own = {"q": self.q, "k": self.k, "v": self.v}
@@ -88,8 +99,24 @@ class AttentionCall:
         """Replace some of q, k, v; what was derived from the old ones is forgotten."""
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
+        self._forget()
+
+    def _forget(self) -> None:
         self._lse = self._shares = None
         self._entries = {}
+
+    def writable(self, name: str) -> Tensor:
+        """One of q, k, v, out as a tensor an edit may write into: copied at the first ask of a call."""
+        if name not in self._writable:
+            self._writable.add(name)
+            self.rebind(**{name: getattr(self, name).clone()})
+        self._forget()
+        return getattr(self, name)
+
+    def change(self, change: Change) -> None:
+        """Change the weights of an entry; the attention is then computed by `probe.weigh`."""
+        self.changes.append(change)
+        self._forget()
 
     def lse(self) -> Tensor:
         """Row log-normaliser over all keys of the current q and k. Computed once and shared by all readouts."""
@@ -112,7 +139,7 @@ class AttentionCall:
         """
         if self.mask is not None and (self.visible is not None and len(set(self.visible)) > 1):
             return
-        parts = self._seen(0)[1].parts()
+        parts = self.sides(0)[1].parts()
         if len(parts) < 2:
             return
         heads = max(1, _PART_BYTES // (4 * len(parts) * self.q[:, 0].numel()))
@@ -126,7 +153,7 @@ class AttentionCall:
         out, lse = attend.merge(*states)
         return out, lse, torch.stack([attend.mass(state, lse) for state in states], -1)
 
-    def _seen(self, row: int) -> tuple[TokenLayout, TokenLayout]:
+    def sides(self, row: int) -> tuple[TokenLayout, TokenLayout]:
         """Rows and columns of a batch entry without the text that is hidden at the end."""
         rows, columns = self.rows, self.columns
         hidden = 0 if self.visible is None else columns.total - self.visible[row]
@@ -134,7 +161,7 @@ class AttentionCall:
         return rows, columns
 
     def _entry(self, row: int, heads: tuple[int, ...]) -> Entry:
-        rows, columns = self._seen(row)
+        rows, columns = self.sides(row)
         q, k, v = (x[row, index_of(heads, x.device)] for x in (self.q, self.k, self.v))
         return Entry(
             site=self.site,

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from enum import IntEnum
 
+from torch import Tensor
+
 from probe.call import AttentionCall
 from probe.errors import PlanError, UsageError
 from probe.layout import TokenLayout
@@ -31,7 +33,7 @@ class Handler(ABC):
 
     `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same
     rank on the same tensor, rows and heads of one call clash. `kinds` are the kinds of attention it can be served at,
-    None for any. `needs_lse` and `in_parts` say what it will ask of a call, so that the attention can be computed once
+    None for any; `composes`: it may meet another of its kind at the same place, in any order. `needs_lse` and `in_parts` say what it will ask of a call, so that the attention can be computed once
     in the form that gives it.
     """
 
@@ -39,6 +41,7 @@ class Handler(ABC):
     stage: Stage
     touches: frozenset[str] = frozenset()
     rank: int = 0
+    composes: bool = False
     kinds: frozenset[str] | None = None
     needs_lse: bool = False
     in_parts: bool = False
@@ -52,6 +55,10 @@ class Handler(ABC):
     @abstractmethod
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
         """Read or rewrite `call` for its batch entries `rows` (never empty)."""
+
+    def extent(self, call: AttentionCall, row: int) -> Tensor | None:
+        """The tokens of a batch entry an edit changes, bool [N]; None for all."""
+        return None
 
     def cost(self, layout: TokenLayout) -> float:
         """Predicted extra work per matched call, as a share of the plain attention of the rows concerned."""
@@ -67,7 +74,7 @@ class Plan:
     `places` are the (layer, kind) of its attention modules, or every layer has all `kinds`; `heads` is how many heads
     each has, None if not known.
 
-    `fuse` lets readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
+    `how` counts how calls whose weights were changed were computed, after a run. `fuse` lets readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
 
     Raises:
         PlanError: a handler selects no call at all, or two edits clash; both are named.
@@ -87,6 +94,7 @@ class Plan:
         self.handlers = tuple(sorted(handlers, key=lambda h: (h.stage, h.rank)))
         self.steps, self.layers, self.heads, self.fuse = steps, layers, heads, fuse
         self.places = frozenset(places or ((layer, kind) for layer in range(layers) for kind in kinds))
+        self.how: Counter[tuple[Site, str]] = Counter()
         self._served: Counter[int] = Counter()
         self._cache: dict[Site, tuple[Handler, ...]] = {}
         for handler in self.handlers:
@@ -190,9 +198,14 @@ class Plan:
     def _clash(self, one: Handler, other: Handler) -> bool:
         if (one.stage, one.rank) != (other.stage, other.rank) or not one.touches & other.touches:
             return False
+        if one.composes and other.composes:
+            return False
         a, b = one.where, other.where
         pairs = ((a.branches, b.branches), (a.heads, b.heads), (a.turns, b.turns))
-        if any(x is not None and y is not None and x != y for x, y in pairs):
+        addressed = all(
+            type(h).extent is not Handler.extent and getattr(h, "rows", None) is not None for h in (one, other)
+        )
+        if addressed or any(x is not None and y is not None and x != y for x, y in pairs):
             return False  # told apart, or refused when a call shows that they overlap
         if a.kinds is not None and b.kinds is not None and not set(a.kinds) & set(b.kinds):
             return False

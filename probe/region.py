@@ -70,6 +70,8 @@ def _slice_rule(pick: Callable[[TokenLayout], slice]) -> _Rule:
 
 def _text_rule(choose: Callable[[Prompt], NDArray[np.bool_]], what: str) -> _Rule:
     def rule(layout: TokenLayout, prompt: Prompt | None) -> Mask:
+        if not layout.text:
+            return np.zeros(layout.total, bool)
         if prompt is None or len(prompt.ids) != layout.text:
             raise LayoutError(
                 f"{what} must come with the prompt of the branch, {layout.text} tokens long. Got "
@@ -102,7 +104,7 @@ def words(*phrases: str) -> Region:
 
     def choose(prompt: Prompt) -> NDArray[np.bool_]:
         inside = np.zeros(len(prompt.ids), bool)
-        for phrase in phrases:
+        for phrase in phrases if prompt.text else ():
             inside[list(prompt.tokens_of(phrase))] = True
         return inside
 
@@ -114,6 +116,8 @@ def frames(start: int, stop: int | None = None) -> Region:
     last = (start + 1 if stop is None else stop) - 1
 
     def pick(layout: TokenLayout) -> slice:
+        if not layout.video:
+            return slice(0, 0)
         return slice(layout.frame_slice(start).start, layout.frame_slice(last).stop)
 
     return Region(f"frames({start}:{last + 1})", _slice_rule(pick))
@@ -144,5 +148,7 @@ def tokens(mask: NDArray[np.bool_]) -> Region:
 
 def _on_video(layout: TokenLayout, inside: Mask) -> Mask:
     full = np.zeros(layout.total, bool)
+    if not layout.video:
+        return full
     full[layout.video_slice] = inside.reshape(-1)
     return full

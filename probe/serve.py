@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from probe import weigh
 from probe.call import AttentionCall
 from probe.errors import PlanError
 from probe.plan import Handler, Plan, Stage
@@ -20,6 +21,8 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
     edits = [h for h in handlers if h.stage == Stage.EDIT]
     _refuse_overlap(call, edits)
     _serve(call, plan, edits)
+    if call.changes:
+        plan.how[call.site, weigh.run(call)] += 1
     readouts = [h for h in handlers if h.stage == Stage.USED and h.where.rows(call.branches)]
     if plan.fuse and call.out is None and any(h.in_parts for h in readouts):
         call.run_in_parts()
@@ -30,27 +33,40 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
 def after_attention(call: AttentionCall, plan: Plan, out: Tensor) -> Tensor:
     """Stages 4 and 5; returns what the model goes on with, `out` itself if nothing merged."""
     call.out = out
-    _serve(call, plan, [h for h in plan.at(call.site) if h.stage >= Stage.USED])
+    handlers = plan.at(call.site)
+    _serve(call, plan, [h for h in handlers if h.stage == Stage.USED])
+    merges = [h for h in handlers if h.stage == Stage.MERGE]
+    _refuse_overlap(call, merges)
+    _serve(call, plan, merges)
     return call.out
 
 
 def _serve(call: AttentionCall, plan: Plan, handlers: list[Handler]) -> None:
     """Outside of autocast: a readout keeps its precision whatever the model runs in."""
-    for handler in handlers:
-        rows = handler.where.rows(call.branches)
-        if rows:
-            with torch.autocast(call.q.device.type, enabled=False):
+    if not handlers:
+        return
+    with torch.autocast(call.q.device.type, enabled=False):
+        for handler in handlers:
+            rows = handler.where.rows(call.branches)
+            if rows:
                 handler.serve(call, rows)
-            plan.served(handler)
+                plan.served(handler)
 
 
 def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
     for i, one in enumerate(edits):
         for other in edits[i + 1 :]:
-            same = one.rank == other.rank and one.touches & other.touches
+            same = one.rank == other.rank and one.touches & other.touches and not (one.composes and other.composes)
             heads = set(one.where.head_list(call.q.shape[1])) & set(other.where.head_list(call.q.shape[1]))
-            if same and heads and set(one.where.rows(call.branches)) & set(other.where.rows(call.branches)):
+            both = set(one.where.rows(call.branches)) & set(other.where.rows(call.branches))
+            if same and heads and any(_meet(one, other, call, row) for row in both):
                 raise PlanError(
                     f"Two edits must not change the same tensor at the same place. Got {one} and {other} at "
-                    f"{call.site}. Separate their branches."
+                    f"{call.site}. Separate their branches, rows or heads."
                 )
+
+
+def _meet(one: Handler, other: Handler, call: AttentionCall, row: int) -> bool:
+    """Whether two edits change the same rows of a batch entry."""
+    a, b = one.extent(call, row), other.extent(call, row)
+    return a is None or b is None or bool((a & b).any())

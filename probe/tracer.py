@@ -15,7 +15,7 @@ from probe import serve
 from probe.clock import Clock, branches_of, step_of, steps_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
-from probe.models.family import arguments_of
+from probe.models.family import arguments_of, transformers_of
 from probe.models.registry import family_of
 from probe.plan import Handler, Plan
 from probe.tap import Forward, Place, Tap
@@ -73,7 +73,8 @@ class Traced:
             TapError: attention calls were missed.
         """
         if tap is None:
-            with Tap(self.pipe.transformer, self.family, *_more(self.pipe)) as fresh:
+            model, *others = transformers_of(self.pipe)
+            with Tap(model, self.family, *others) as fresh:
                 return self.run(drive, prompts, fresh, call)
         call = call or {}
         cut = tuple(prompt for prompt in prompts if isinstance(prompt, Prompt))  # fast tokenizers serve one thread
@@ -99,12 +100,6 @@ def trace(pipe: Any, *handlers: Handler, fuse: bool = False) -> Traced:
     (FrameMass, RegionMass) then also produces the output of its calls, equal up to rounding (2e-7 in float32).
     """
     return Traced(pipe, handlers, fuse)
-
-
-def _more(pipe: Any) -> list[Any]:
-    """The second transformer of a pipeline that has two (Wan 2.2)."""
-    second = getattr(pipe, "transformer_2", None)
-    return [] if second is None else [second]
 
 
 class _Run:

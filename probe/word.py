@@ -61,6 +61,11 @@ class Prompt:
             )
         return tokens
 
+    @classmethod
+    def blank(cls, length: int) -> Prompt:
+        """What the unconditional half shows: no word, all padding."""
+        return cls("", ("",) * length, (0,) * length, ((0, 0),) * length, (True,) * length)
+
     def first(self, count: int) -> Prompt:
         """The first `count` tokens, where a model leaves out the padding behind them."""
         cut = {name: getattr(self, name)[:count] for name in ("pieces", "ids", "spans", "padding")}

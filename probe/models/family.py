@@ -123,6 +123,12 @@ class Family:
         return [text.encoder(pipe, text.length or asked(pipe, call, "max_sequence_length")) for text in self.text]
 
 
+def transformers_of(pipe: Any) -> list[Any]:
+    """The transformers of a pipeline: one, or two of which one works at a time (Wan 2.2)."""
+    both = (pipe.transformer, getattr(pipe, "transformer_2", None))
+    return [model for model in both if model is not None]
+
+
 def asked(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
     """An argument of a pipeline's call as it is given, or its default."""
     given = {**getattr(pipe, "defaults", {}), **call}

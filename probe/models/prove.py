@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from probe.call import AttentionCall
 from probe.clock import Clock
 from probe.errors import MmditError, ProofError
 from probe.layout import TokenLayout
+from probe.models.family import transformers_of
+from probe.models.load import Bare
 from probe.models.registry import family_of
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where
@@ -70,16 +71,16 @@ def prove(pipe: Any, tap: Tap | None = None) -> list[Finding]:
     `pipe` is a pipeline or anything with a `transformer`. `tap` is an open tap to examine instead of a fresh one. A
     check that stops on an error fails with its sentence.
     """
+    findings: list[Finding] = []
     if tap is None:
-        second = getattr(pipe, "transformer_2", None)
-        with Tap(pipe.transformer, family_of(pipe.transformer)) as fresh:
-            findings = prove(pipe, fresh)
-        if second is None or not findings[-1].passed:
-            return findings
-        return [*findings, *prove(SimpleNamespace(transformer=second, scheduler=None))]
+        for model in transformers_of(pipe):
+            with Tap(model, family_of(model)) as fresh:
+                findings += prove(Bare(model), fresh)
+            if not findings[-1].passed:
+                break
+        return findings
     bench = _Bench(pipe, tap)
     checks = (_kernel, _every_call_once, _layout, _nothing_changes, _every_edit_counts)
-    findings: list[Finding] = []
     for check in checks:
         findings.append(_run(check, bench))
         if not findings[-1].passed:

@@ -1,0 +1,1 @@
+"""How a model rotates queries and keys by position."""
