@@ -15,6 +15,7 @@ from probe.errors import ModelError, UsageError
 from probe.models.cogvideox import clip_frames
 
 SamplerName = Literal["model", "ddim", "dpm"]
+NoiseName = Literal["shared", "each"]
 SEED_LIMIT = 2**63
 
 
@@ -22,7 +23,10 @@ class Loop:
     """The parts of a CogVideoX pipeline around its transformer, for a loop of our own.
 
     `sampler`: "model" keeps the pipeline's scheduler, "ddim" and "dpm" (SDE-DPM-Solver++ 2M) build CogVideoX's own
-    from its configuration. Latents are [B, F, C, H, W] in latent frames and latent pixels.
+    from its configuration. Latents are [P, F, C, H, W]: prompts, latent frames, channels, latent pixels.
+
+    `noise`: "shared" gives all prompts the same random numbers, at the start and in the steps of a stochastic sampler,
+    so that prompts alone make the difference; "each" draws for every prompt, as the stock pipeline does for a batch.
 
     Raises:
         UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a
@@ -30,13 +34,15 @@ class Loop:
         ModelError: a pipeline without a loop adapter, or a clip that is not whole groups of latent frames.
     """
 
-    def __init__(self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model") -> None:
+    def __init__(
+        self, pipe: Any, steps: int, seed: int, sampler: SamplerName = "model", noise: NoiseName = "shared"
+    ) -> None:
         if type(pipe).__name__ != "CogVideoXPipeline":
             raise ModelError(
                 f"A loop of our own must run on CogVideoX so far. Got {type(pipe).__name__}. Use probe.trace, which "
                 "runs the stock pipeline."
             )
-        self.pipe, self.steps = pipe, steps
+        self.pipe, self.steps, self.shared = pipe, steps, noise == "shared"
         self.scheduler = _scheduler(pipe, sampler)
         refuse_steps(steps, self.scheduler.config.num_train_timesteps)
         refuse_frames(self.clip_frames, self.config.patch_size_t)
@@ -68,12 +74,12 @@ class Loop:
         return self.pipe.encode_prompt(list(prompts), None, False, max_sequence_length=length, device=self.device)[0]
 
     def noise(self, batch: int, frames: int, dtype: torch.dtype) -> Tensor:
-        """Start of the loop, drawn on the CPU from the seed: the same on every device."""
+        """Noise [batch, frames, C, H, W] to start from, drawn on the CPU from the seed: the same on every device."""
         from diffusers.utils.torch_utils import randn_tensor
 
         config = self.config
         shape = (batch, frames, config.in_channels, config.sample_height, config.sample_width)
-        latents = randn_tensor(shape, generator=self.generator, device=self.device, dtype=dtype)
+        latents = randn_tensor(shape, generator=self._generators(batch), device=self.device, dtype=dtype)
         return latents * self.scheduler.init_noise_sigma
 
     def forward(self, latents: Tensor, text: Tensor, step: int) -> Tensor:
@@ -100,7 +106,7 @@ class Loop:
             return self.scheduler.step(output, timestep, latents, eta=0.0, return_dict=False)[0], None
         back = self.scheduler.timesteps[step - 1] if step else None
         arguments = (output, previous_x0, timestep, back, latents)
-        return self.scheduler.step(*arguments, eta=0.0, generator=self.generator, return_dict=False)
+        return self.scheduler.step(*arguments, eta=0.0, generator=self._generators(len(latents)), return_dict=False)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
@@ -124,6 +130,12 @@ class Loop:
     def close(self) -> None:
         """Hand offloaded parts back to where they were, as the stock call does at its end."""
         self.pipe.maybe_free_model_hooks()
+
+    def _generators(self, batch: int) -> Any:
+        """What draws for a batch: one generator for all, or one for each, all in the same state."""
+        if not self.shared:
+            return self.generator
+        return [*(self.generator.clone_state() for _ in range(batch - 1)), self.generator]
 
     def _rotary(self, frames: int) -> tuple[Tensor, Tensor] | None:
         """Local positions: each segment counts its own frames."""

@@ -1,97 +1,187 @@
-"""Transfer: some branches take q, k or v from another branch of the same call."""
+"""Transfer: some branches take q, k, v or the output from another branch, another step, or rows of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
+from torch import Tensor
 
+from control.address import Gate, inside
+from control.bank import NAMES, Given, refuse_names
+from control.edit import Edit
+from control.match import Match
+from control.place import Numbers, Partners, partners_of, placed, refuse_misfit, weight_of
+from control.source import Ask, Itself, OfBranch, Peer, Source, source_of
 from probe.call import AttentionCall
+from probe.entry import index_of
 from probe.errors import PlanError, UsageError
-from probe.plan import Handler, Stage
-from probe.site import Branch, Where, Which
+from probe.layout import TokenLayout
+from probe.plan import Stage
+from probe.region import Region
+from probe.site import JOINT, Branch, Which
+from probe.word import Prompt
 
-Source = int | Callable[[Branch], Branch | None]
+Mapping = Match | Numbers | Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Transfer(Handler):
-    """Rows of the batch read `tensors` of their source row instead of their own.
+class Transfer(Edit):
+    """X[r] <- (1 - g_r) X[r] + g_r X_source[pi(r)] for each X of `tensors`, at the rows r and the heads selected.
 
-    `tensors` is any of "q", "k", "v", as in "kv": keys and values shared, the target keeps its own queries (DiTCtrl's
-    KV sharing, MasaCtrl's mutual self-attention); "qk" carries over the whole attention map. `source` is a prompt
-    index (the branch that equals the target but for its prompt), or a function from a target's branch to its source's
-    branch, None to leave that row alone. `target` is a prompt index or None for every branch `where` selects. Exact,
-    at the cost of plain attention; a row that is its own source stays bit-identical.
+    `tensors`: any of q, k, v, as in "kv": keys and values shared, the target keeps its own queries (DiTCtrl's KV
+    sharing, MasaCtrl's mutual self-attention); or "o", the output before merges. `source` is a prompt index (the branch
+    that equals the target but for its prompt), a function from a target's branch to its source's branch (None leaves
+    the target alone), or a Source: Peer, Itself, Constant, Stored. `target` is a prompt index, or None for every branch
+    `where` selects. g is the strength times the `gate`. `mapping` is pi, from video tokens of the target to those of
+    the source (text stays at its place): a Match, one number per token (-1: none), or a function of the numbers.
+
+    Sources give unedited tensors: chained transfers do not depend on their order, and the source keeps its bits. A
+    target that is its own source keeps its bits. Exact, at the cost of plain attention.
+
+    - "qk" of all rows carries over the whole attention map: O = P_source V_target (arXiv 2504.10317).
+    - "qk" of `rows=video()` (ConsistEdit, arXiv 2510.17803) makes the map conditional on the video equal the source's,
+      but not the mass between video and text, as text queries and keys stay the target's.
+    - q and k are taken after QK-norm. It is per token and head, so that a whole transfer before it is the same; a soft
+      one is not.
+    - q and k are taken after RoPE. What a mapping moves keeps the position it had (`positions` "source"), or is turned
+      to the one where it lands ("target").
+
+    Where entries differ in text length (Mochi, hidden padding) video goes to video, and text rows are refused.
 
     Raises:
-        UsageError: `tensors` names none or an unknown tensor.
-        PlanError: (when served) the source is not in the same call.
+        UsageError: `tensors` names none, an unknown one, or o with others.
+        PlanError: (when served) the source is not there, or does not fit.
     """
 
     tensors: str
-    source: Source
+    source: int | OfBranch | Source
     target: int | None = None
-    where: Where = field(default_factory=Where)
-    stage = Stage.EDIT
+    gate: Gate | None = field(default=None, kw_only=True)
+    mapping: Mapping | None = field(default=None, kw_only=True)
+    positions: Literal["source", "target"] = field(default="source", kw_only=True)
     rank = 2
 
     def __post_init__(self) -> None:
-        if not self.tensors or set(self.tensors) - set("qkv"):
-            raise UsageError(
-                f"A Transfer must name tensors among q, k, v. Got {self.tensors!r}. Write for example 'kv'."
-            )
-        self.touches = frozenset(self.tensors)
-        if self.target is not None:
-            chosen = self.where.branches
-            mine = Which(prompt=self.target)
-            both = mine if chosen is None else (lambda branch: mine(branch) and chosen(branch))
-            self.where = replace(self.where, branches=both)
+        refuse_names("Transfer", self.tensors)
+        if "o" in self.tensors:
+            if self.tensors != "o":
+                raise UsageError(f"A Transfer of o must be one of its own. Got {self.tensors!r}. Write two of them.")
+            self.stage, self.rank = Stage.MERGE, 3
+        self.touches = frozenset(NAMES[name] for name in self.tensors)
+        self._moves = _moves(self.mapping)
+        if isinstance(self.mapping, Match) and self.mapping.features in "kv":
+            self.kinds = JOINT | {"self"}  # the keys of cross attention are no video
+        self._from, self._prompts = source_of(self.source), 0
+        self._needs = self._sources()
+        self._aims = _both(self.where.branches, None if self.target is None else Which(prompt=self.target))
+        early = any(source.early for source, _ in self._needs)  # then calls with sources alone are served too
+        self.where = replace(self.where, branches=self._concerns if early and self._aims else self._aims)
 
     def __str__(self) -> str:
-        source = f"prompt {self.source}" if isinstance(self.source, int) else getattr(self.source, "__name__", "source")
         target = "" if self.target is None else f" to prompt {self.target}"
-        return f"Transfer({self.tensors} from {source}{target})"
+        more = [str(one) for one in (self.rows, self.mapping) if isinstance(one, Region | Match)]
+        return f"Transfer({', '.join([f'{self.tensors} from {self._from}{target}', *more])})"
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
+        """Forget the last run.
+
+        Raises:
+            PlanError: the source or the target is no prompt of the run.
+        """
+        super().begin(prompts, steps, layers)
+        self._prompts = len(prompts)
+        named = (self.target, self._from.of if isinstance(self._from, Peer) else None)
+        if prompts and not all(0 <= one < len(prompts) for one in named if isinstance(one, int)):
+            raise PlanError(
+                f"A Transfer must name prompts of its run, 0 to {len(prompts) - 1}. Got {self}. Pass the prompts of "
+                "source and target in one call."
+            )
+        for source, _ in self._needs:
+            source.begin()
+
+    def end(self) -> None:
+        """Let go of what sources kept for the next call."""
+        for source, _ in self._needs:
+            source.end()
+
+    def cost(self, layout: TokenLayout) -> float:
+        """None but for a Match, which compares all video tokens: half of an attention among them."""
+        return 0.5 * (layout.grid.size / layout.total) ** 2 if isinstance(self.mapping, Match) else 0.0
+
+    def extent(self, call: AttentionCall, row: int) -> Tensor | None:
+        """bool [N]: the rows it changes; none of a branch that is only a source."""
+        changed = inside(self.rows, call, row)
+        return changed if self._is_target(call.branches[row]) else torch.zeros_like(changed)
 
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
-        """Rebind the named tensors; q, k, v stay [B, H, N, D]."""
-        index = list(range(len(call.branches)))
-        for row in rows:
-            index[row] = self._source_row(call, row)
-            self._refuse_hidden(call, row, index[row])
-        if index == list(range(len(index))):
+        """Let sources keep what targets of later calls take, and change the targets of this one."""
+        targets = tuple(row for row in rows if self._is_target(call.branches[row]))
+        for source, names in self._needs if self.amount(call) else ():
+            givers = tuple(row for row, branch in enumerate(call.branches) if self._may_give(source, branch))
+            source.watch(call, Ask(names, self.heads(call)), givers, targets)
+        super().serve(call, targets)
+
+    def apply(self, call: AttentionCall, entry: int, amount: float) -> None:
+        """Write the source's rows into the tensors of one entry."""
+        heads = self.heads(call)
+        given = self._from.given(call, entry, Ask(self._needs[0][1], heads, self.rows))
+        if given is None or (self.mapping is None and self._is_itself(given, call, entry)):
             return
-        call.rebind(**{name: self._take(getattr(call, name), call.own[name], index) for name in self.tensors})
+        partners = self._partners(given, call, entry, heads)
+        for name in self.tensors:
+            weight = weight_of(self.rows, self.gate, partners, call, entry, name)
+            refuse_misfit(name, given, partners, weight, call, entry)
+            theirs = placed(name, given, partners, call, heads, self.positions == "target")
+            tensor, index = call.writable(NAMES[name]), index_of(heads, call.q.device)
+            if weight is not None:
+                theirs = torch.lerp(tensor[entry, index], theirs, (amount * weight).unsqueeze(-1))
+            elif amount != 1:
+                theirs = torch.lerp(tensor[entry, index], theirs, amount)
+            tensor[entry, index] = theirs
 
-    def _take(self, tensor: torch.Tensor, own: torch.Tensor, index: list[int]) -> torch.Tensor:
-        """Sources give their own, unedited tensors: chained transfers do not depend on their order."""
-        mixed = tensor.clone()
-        heads = slice(None) if self.where.heads is None else list(self.where.head_list(tensor.shape[1]))
-        for row, source in enumerate(index):
-            if source != row:
-                mixed[row, heads] = own[source, heads]
-        return mixed
+    def _sources(self) -> tuple[tuple[Source, str], ...]:
+        """All sources and the tensors needed of each, its own first."""
+        if not isinstance(self.mapping, Match):
+            return ((self._from, self.tensors),)
+        features = self.mapping.features
+        more = features if self.mapping.source is None else ""
+        needed = "".join(dict.fromkeys(self.tensors + more))
+        return ((self._from, needed), *((source, features) for source in self.mapping.sources))
 
-    def _refuse_hidden(self, call: AttentionCall, row: int, source: int) -> None:
-        """A row keeps its own mask: where padding is hidden, keys of a longer or shorter text do not fit under it."""
-        if call.visible is not None and call.visible[row] != call.visible[source] and self.touches & set("kv"):
-            raise PlanError(
-                f"Keys and values must come from a prompt of the same length where padding is hidden. Got "
-                f"{call.visible[source]} visible keys for {call.visible[row]} at {call.site}. Make the prompts equally "
-                "long, or transfer q alone."
-            )
+    def _is_target(self, branch: Branch) -> bool:
+        return self._aims is None or self._aims(branch)
 
-    def _source_row(self, call: AttentionCall, row: int) -> int:
-        branch = call.branches[row]
-        source = replace(branch, prompt=self.source) if isinstance(self.source, int) else self.source(branch)
-        if source is None:
-            return row
-        if source not in call.branches:
-            there = "; ".join(str(b) for b in call.branches)
-            raise PlanError(
-                f"The source of a Transfer must be in the same attention call. Got {source} at {call.site}, which "
-                f"has: {there}. Generate source and target in one batch, on a family that attends to all of it at once "
-                "(Mochi does not)."
-            )
-        return call.branches.index(source)
+    def _may_give(self, source: Source, branch: Branch) -> bool:
+        return source.may_give(branch, self._is_target, self._prompts)
+
+    def _concerns(self, branch: Branch) -> bool:
+        """Targets, and sources that may come in earlier calls."""
+        return self._is_target(branch) or any(self._may_give(source, branch) for source, _ in self._needs)
+
+    def _is_itself(self, given: Given, call: AttentionCall, entry: int) -> bool:
+        here = given.site == call.site and given.branch == call.branches[entry]
+        return here and isinstance(self._from, Peer | Itself)
+
+    def _partners(self, given: Given, call: AttentionCall, entry: int, heads: tuple[int, ...]) -> Partners | None:
+        """The mapping at an entry; None if each row takes the one at its place."""
+        if isinstance(self._moves, Match):
+            return self._moves.partners(given, call, entry, heads)
+        return None if self._moves is None else partners_of(self._moves, call, given.rows.grid)
+
+
+def _moves(mapping: Mapping | None) -> Match | Tensor | Callable[[Tensor], Tensor] | None:
+    """A mapping, numbers as a tensor."""
+    if mapping is None or isinstance(mapping, Match | Tensor) or callable(mapping):
+        return mapping
+    return torch.as_tensor(mapping)
+
+
+def _both(
+    one: Callable[[Branch], bool] | None, other: Callable[[Branch], bool] | None
+) -> Callable[[Branch], bool] | None:
+    if one is None or other is None:
+        return one or other
+    return lambda branch: one(branch) and other(branch)

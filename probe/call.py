@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from probe import attend
-from probe.entry import Entry, index_of
+from probe.entry import Entry, Place, index_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
 from probe.site import SPLIT, Branch, Site
+from probe.weigh_entry import extra_channels, reweighted
 from probe.word import Prompt
 
 if TYPE_CHECKING:
     from probe.block import Later
+    from probe.change import Change
     from probe.models.rope import Rope
-    from probe.weigh import Change
 
 _PART_BYTES = 2**28
 """Most memory that the outputs of parts take at once."""
@@ -31,9 +32,10 @@ class AttentionCall:
     Edits rebind `q`, `k`, `v` (never write into them: the model may hold views); merges rebind `out`. `own` keeps the
     tensors as the model made them, so that what a source gives does not depend on the order of edits. `layout` is the
     joint sequence; `rows` and `columns` are what this call's queries and keys are, which differ in self and cross
-    attention. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward or
-    the block returns. `rope` is how the model rotates q and k, None where it does not. `mask` is the model's own key mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each
-    batch entry may see, always the first ones. `native` says that the model attends through torch's own kernels.
+    attention. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward
+    or the block returns. `rope` is how the model rotates q and k, None where it does not. `mask` is the model's own key
+    mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each batch entry may see, always the first ones.
+    `native` says that the model attends through torch's own kernels.
     """
 
     site: Site
@@ -52,6 +54,7 @@ class AttentionCall:
     changes: list[Change] = field(default_factory=list, repr=False)
     later: list[Later] = field(default_factory=list, repr=False)
     own: dict[str, Tensor] = field(init=False, repr=False)
+    _computed: list[tuple[tuple[Place, Place], attend.State]] = field(default_factory=list, init=False, repr=False)
     _lse: Tensor | None = field(default=None, init=False, repr=False)
     _shares: Tensor | None = field(default=None, init=False, repr=False)
     _entries: dict[tuple[int, tuple[int, ...]], Entry] = field(default_factory=dict, init=False, repr=False)
@@ -85,13 +88,21 @@ class AttentionCall:
     def entry(self, row: int, heads: tuple[int, ...] | None = None) -> Entry:
         """One batch entry for readouts: all heads or some, the keys and rows it may see. Made once and shared.
 
-        It carries the lse and shares of the call if these are there by now; else it makes its own when asked.
+        It carries the lse and shares of the call if these are there by now; else it makes its own when asked. Once
+        changed attention is computed, it shows the weights that were used; before, those of q and k.
+
+        Raises:
+            PlanError: its weights were changed in a way that readouts cannot see.
         """
         heads = tuple(range(self.q.shape[1])) if heads is None else heads
         if (row, heads) not in self._entries:
             self._entries[row, heads] = self._entry(row, heads)
         entry, some = self._entries[row, heads], index_of(heads, self.q.device)
+        if self._computed:  # the lse of changed weights is not that of q and k
+            self.lse()
         lse, shares = (x if x is None else x[row, some][:, : entry.rows.total] for x in (self._lse, self._shares))
+        if self._computed and lse is not None:
+            lse = lse.masked_fill(lse.isneginf(), torch.inf)
         entry.given_lse, entry.given_shares = lse, shares
         return entry
 
@@ -103,7 +114,7 @@ class AttentionCall:
 
     def _forget(self) -> None:
         self._lse = self._shares = None
-        self._entries = {}
+        self._entries, self._computed = {}, []
 
     def writable(self, name: str) -> Tensor:
         """One of q, k, v, out as a tensor an edit may write into: copied at the first ask of a call."""
@@ -119,10 +130,38 @@ class AttentionCall:
         self._forget()
 
     def lse(self) -> Tensor:
-        """Row log-normaliser over all keys of the current q and k. Computed once and shared by all readouts."""
+        """Row log-normaliser over all keys of the current q and k, of the changed weights where these were computed.
+        Computed once and shared by all readouts.
+        """
         if self._lse is None:
-            self._lse = attend.partial(self.q, self.k, self.v, self.scale, self.bias).lse
+            made = sum(state.lse[..., 0].numel() for _, state in self._computed)
+            if made == self.q[..., 0, 0].numel():
+                lse = self.q.new_empty(self.q.shape[:-1], dtype=attend.exact_dtype(self.q.dtype))
+            else:
+                lse = attend.partial(self.q, self.k, self.v, self.scale, self.bias).lse
+            for at, state in self._computed:
+                lse[at] = state.lse
+            self._lse = lse
         return self._lse
+
+    def computed(self, entries: tuple[int, ...], heads: tuple[int, ...], state: attend.State) -> None:
+        """Take the attention of some entries and heads, out [b, h, N, D] and lse [b, h, N], from where it was made."""
+        rows, some = (index_of(places, self.q.device) for places in (entries, heads))
+        if not isinstance(rows, slice) and not isinstance(some, slice):
+            rows = rows[:, None]
+        self._computed.append(((rows, some), state))
+        self._lse, self._entries = None, {}
+
+    def over(self, out: Tensor | None = None) -> Tensor:
+        """`out` [B, H, N, D] with what was computed in its places; needs none if that is all of it."""
+        if out is not None and not self._computed:
+            return out
+        if len(self._computed) == 1 and self._computed[0][1].out.shape == self.q.shape:
+            return self._computed[0][1].out
+        out = torch.empty_like(self.q) if out is None else out.clone()
+        for at, state in self._computed:
+            out[at] = state.out
+        return out
 
     def run_with_lse(self) -> None:
         """Compute the attention now, with its lse, if that gives the bits the model's own call would give."""
@@ -163,7 +202,7 @@ class AttentionCall:
     def _entry(self, row: int, heads: tuple[int, ...]) -> Entry:
         rows, columns = self.sides(row)
         q, k, v = (x[row, index_of(heads, x.device)] for x in (self.q, self.k, self.v))
-        return Entry(
+        entry = Entry(
             site=self.site,
             branch=self.branches[row],
             q=q[:, : rows.total],
@@ -175,3 +214,14 @@ class AttentionCall:
             prompts=self.prompts,
             heads=heads,
         )
+        return self._reweighted(entry, row) if self._computed else entry
+
+    def _reweighted(self, entry: Entry, row: int) -> Entry:
+        """With its changes; all entries of the call equally wide, so that they can be compared."""
+        changes = [[change for change in self.changes if change.entry == at] for at in range(len(self.q))]
+        sides = [self.sides(at) for at in range(len(self.q))]
+        needs = [
+            extra_channels(some, rows.total, columns.total, self.q.dtype)
+            for some, (rows, columns) in zip(changes, sides, strict=True)
+        ]
+        return reweighted(entry, changes[row], max(needs))

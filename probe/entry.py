@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from probe import attend, region
-from probe.errors import WordError
+from probe.errors import PlanError, WordError
 from probe.layout import TokenLayout
 from probe.site import Branch, Site
 from probe.transpose import column_sums
@@ -28,6 +29,10 @@ class Entry:
     """What one branch attends to in one call: p_ij = exp(scale q_i k_j - lse_i), over the keys it may see.
 
     `rows` and `columns` name the tokens of queries and keys. Properties are computed once, whoever asks.
+
+    Where edits changed the weights, the last `extra` channels of q and k carry what the logits gained; those of v are
+    0. Unless `whole`, rows need not sum to one: added keys have a share, factors are raw, or a row sees nothing, which
+    has lse inf.
     """
 
     site: Site
@@ -42,6 +47,8 @@ class Entry:
     heads: tuple[int, ...]
     given_lse: Tensor | None = None
     given_shares: Tensor | None = None
+    extra: int = 0
+    whole: bool = True
 
     @property
     def keys(self) -> int:
@@ -85,7 +92,7 @@ class Entry:
     @cached_property
     def shares(self) -> Tensor:
         """Probability each row puts on each part of the columns, [H, N, parts]: frames in order, then text (padding
-        included) if there is any; sums to one.
+        included) if there is any; sums to one where the row does.
 
         In single and double precision one attention with the parts as one-hot values; in half precision, which would
         round these, one small attention per part.
@@ -109,8 +116,21 @@ class Entry:
     def mean_key(self) -> Tensor:
         """Expected key of each row, sum_j p_ij k_j, [H, N, D], in the dtype of `lse`: one attention with K in place of
         V. The plain mean of the keys stays out of that attention, so that half precision rounds deviations only.
+
+        Raises:
+            PlanError: the rows need not sum to one.
         """
+        if not self.whole:
+            raise PlanError(
+                f"An expectation must be over rows that sum to one. Got raw, hidden or added keys at {self.site} for "
+                f"{self.branch}. Read the model's own attention with stage=Stage.BEFORE."
+            )
         return self._expected.out
+
+    @cached_property
+    def row_sums(self) -> Tensor:
+        """What each row gives to these keys altogether, [H, N]: 1 but where rows are not whole."""
+        return torch.ones_like(self.lse) if self.whole else torch.exp(self.part(slice(None)) - self.lse)
 
     @property
     def within_video(self) -> Entry:
@@ -129,7 +149,11 @@ class Entry:
 
     def attend(self, values: Tensor) -> Tensor:
         """Expected value of each row, sum_j p_ij values_j, [H, N, D]; values [H, M, D]."""
-        return attend.partial(self.q[None], self.k[None], values[None], self.scale).out[0]
+        width = values.shape[-1]
+        wide = F.pad(values, (0, self.q.shape[-1] - width))
+        out, lse = attend.partial(self.q[None], self.k[None], wide[None], self.scale)
+        made = out[0, ..., :width]
+        return made if self.whole else (made * torch.exp(lse[0] - self.lse).unsqueeze(-1)).to(made.dtype)
 
     def weights(self, rows: Index = slice(None), columns: Index = slice(None), within: Index | None = None) -> Tensor:
         """p_ij of a few rows or a few columns, [H, rows, columns]: a thin product.
@@ -153,7 +177,7 @@ class Entry:
     def _video_alone(self) -> Entry:
         video = self.columns.video_slice
         inside = {"k": self.k[:, video], "v": self.v[:, video], "columns": self.columns.with_text(0)}
-        return replace(self, **inside, given_lse=None, given_shares=None)
+        return replace(self, **inside, given_lse=None, given_shares=None, whole=True)
 
     @cached_property
     def _expected(self) -> attend.State:

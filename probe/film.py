@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from probe.comment import for_mp4, for_png
 from probe.errors import StoreError
 
 Frames = NDArray[np.uint8]
@@ -47,18 +49,19 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
-def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
-    """Write video.mp4 (H.264) and video.gif; the paths written. Without ffmpeg only the GIF.
+def save_video(folder: Path, frames: Frames, fps: int, name: str = "video", comment: str = "") -> list[Path]:
+    """Write <name>.mp4 (H.264) and <name>.gif; the paths written. Without ffmpeg only the GIF. Both carry `comment`
+    (`probe.comment`).
 
     Raises:
         StoreError: the disk refused.
     """
-    paths = [folder / "video.gif"]
+    paths = [folder / f"{name}.gif"]
     try:
-        save_gif(paths[0], frames, fps)
+        save_gif(paths[0], frames, fps, comment)
         if has_ffmpeg():
-            paths.insert(0, folder / "video.mp4")
-            save_mp4(paths[0], frames, fps)
+            paths.insert(0, folder / f"{name}.mp4")
+            save_mp4(paths[0], frames, fps, comment)
         return paths
     except OSError as error:
         raise StoreError(
@@ -67,13 +70,15 @@ def save_video(folder: Path, frames: Frames, fps: int) -> list[Path]:
         ) from error
 
 
-def save_gif(path: Path, frames: Frames, fps: int) -> None:
+def save_gif(path: Path, frames: Frames, fps: int, comment: str = "") -> None:
     """A looping GIF, small videos enlarged without smoothing."""
     pictures = [Image.fromarray(frame) for frame in enlarge(frames)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    options: dict[str, Any] = {"duration": round(1000 / fps), "loop": 0}
+    options |= {"comment": comment.encode()} if comment else {}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
 
 
-def save_mp4(path: Path, frames: Frames, fps: int) -> None:
+def save_mp4(path: Path, frames: Frames, fps: int, comment: str = "") -> None:
     """H.264 at quality 8, small videos enlarged without smoothing.
 
     Raises:
@@ -83,7 +88,8 @@ def save_mp4(path: Path, frames: Frames, fps: int) -> None:
         raise StoreError(
             "An mp4 must be written by ffmpeg. Got none installed. pip install imageio-ffmpeg, or export a GIF."
         )
-    iio.imwrite(path, enlarge(frames), fps=fps, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
+    options: dict[str, Any] = {"codec": "libx264", "quality": 8, "macro_block_size": 2}
+    iio.imwrite(path, enlarge(frames), fps=fps, plugin="FFMPEG", output_params=for_mp4(comment), **options)
 
 
 def has_ffmpeg() -> bool:
@@ -132,15 +138,15 @@ def pick(frames: Frames, count: int) -> tuple[Frames, tuple[str, ...]]:
     return frames[index], tuple(str(i) for i in index)
 
 
-def contact_sheet(path: Path, title: str, rows: Sequence[Row]) -> Path:
-    """A PNG with one line per row on paper white.
+def contact_sheet(path: Path, title: str, rows: Sequence[Row], comment: str = "") -> Path:
+    """A PNG with one line per row on paper white; it carries `comment`.
 
     Raises:
         StoreError: the disk refused.
     """
     sheet = _draw(title, rows)
     try:
-        sheet.save(path)
+        sheet.save(path, pnginfo=for_png(comment))
     except OSError as error:
         raise StoreError(
             f"A picture must be written to disk. Got '{error.strerror or error}' for {path}. Choose another place."

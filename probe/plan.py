@@ -33,8 +33,8 @@ class Handler(ABC):
 
     `touches` names the tensors it changes (q, k, v, out); `rank` orders edits of one stage; two edits of the same
     rank on the same tensor, rows and heads of one call clash. `kinds` are the kinds of attention it can be served at,
-    None for any; `composes`: it may meet another of its kind at the same place, in any order. `needs_lse` and `in_parts` say what it will ask of a call, so that the attention can be computed once
-    in the form that gives it.
+    None for any; `composes`: it may meet another of its kind at the same place, in any order. `needs_lse` and
+    `in_parts` say what it will ask of a call, so that the attention can be computed once in the form that gives it.
     """
 
     where: Where
@@ -64,6 +64,10 @@ class Handler(ABC):
         """Predicted extra work per matched call, as a share of the plain attention of the rows concerned."""
         return 0.0
 
+    def execution(self, layout: TokenLayout) -> str:
+        """How a matched call will be computed, in a few words; empty if there is nothing to say."""
+        return ""
+
     def __str__(self) -> str:
         return type(self).__name__
 
@@ -74,7 +78,8 @@ class Plan:
     `places` are the (layer, kind) of its attention modules, or every layer has all `kinds`; `heads` is how many heads
     each has, None if not known.
 
-    `how` counts how calls whose weights were changed were computed, after a run. `fuse` lets readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
+    After a run `how` counts by site and way how the attention of calls with changed weights was computed. `fuse` lets
+    readouts that measure in parts also produce the output of their calls: cheaper, equal up to rounding.
 
     Raises:
         PlanError: a handler selects no call at all, or two edits clash; both are named.
@@ -130,12 +135,12 @@ class Plan:
                     "Check its steps, layers and branches."
                 )
 
-    def explain(self, step: int, layer: int) -> str:
-        """What happens at a call, one line per handler, in order."""
+    def explain(self, step: int, layer: int, layout: TokenLayout | None = None) -> str:
+        """What happens at a call, one line per handler, in order; with a layout also how it will be computed."""
         handlers = list(dict.fromkeys(h for kind in sorted(self.kinds) for h in self.at(Site(step, 0, layer, 0, kind))))
         handlers.sort(key=self.handlers.index)
-        before = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage <= Stage.EDIT]
-        after = [f"  {h.stage.name.lower()}: {h}" for h in handlers if h.stage > Stage.EDIT]
+        before = [line for h in handlers if h.stage <= Stage.EDIT for line in _said(h, layout)]
+        after = [line for h in handlers if h.stage > Stage.EDIT for line in _said(h, layout)]
         return "\n".join([f"step {step} layer {layer}:", *before, "  attention", *after])
 
     def cost(self, layout: TokenLayout) -> float:
@@ -211,3 +216,9 @@ class Plan:
             return False
         spans = ((a.steps, b.steps, self.steps), (a.layers, b.layers, self.layers))
         return all(set(chosen(x, n)) & set(chosen(y, n)) for x, y, n in spans)
+
+
+def _said(handler: Handler, layout: TokenLayout | None) -> list[str]:
+    """The lines of a handler in an explanation."""
+    how = "" if layout is None else handler.execution(layout)
+    return [f"  {handler.stage.name.lower()}: {handler}", *([f"    {how}"] if how else [])]

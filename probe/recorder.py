@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from probe import film
 from probe.clock import step_of
 from probe.errors import UsageError
+from probe.film import Frames
 from probe.gather import gather, refuse_unrecordable, tokens_of
 from probe.models.family import asked
 from probe.models.registry import family_of
+from probe.plan import Handler
 from probe.provenance import provenance, where_from
 from probe.readout.base import Readout
 from probe.readout.mass import RegionMass
 from probe.readout.word import WordMaps
+from probe.show import MAIN, Clip, Show, finish_video
 from probe.site import JOINT, Branch, Span, Where
 from probe.store import Run, RunWriter, SegmentRecord
 from probe.tracer import trace
@@ -31,8 +33,8 @@ class Recorder:
     """Moves what readouts collected for a step into a step file, and forgets it.
 
     A readout says where its values lie in a step file (`Readout.stored`); of every readout the numbers per head
-    (`Readout.metrics`) are kept. `start_frame(branch)` is the first latent frame of a
-    branch's segment in the long video.
+    (`Readout.metrics`) are kept. `start_frame(branch)` is the first latent frame of a branch's segment in the long
+    video. Where a run has several prompts and no segments, each prompt is a segment by its number.
 
     Raises:
         UsageError: readouts that cannot share a record; see `probe.gather.refuse_unrecordable`.
@@ -43,10 +45,11 @@ class Recorder:
         writer: RunWriter,
         prompts: Sequence[Prompt],
         readouts: Sequence[Readout] = (),
-        start_frame: Callable[[Branch], int] = lambda branch: 0,
+        start_frame: Callable[[Branch], int] | None = None,
     ) -> None:
         refuse_unrecordable(readouts)
-        self.writer, self.prompts, self.readouts, self.start_frame = writer, prompts, tuple(readouts), start_frame
+        self.writer, self.prompts, self.readouts = writer, prompts, tuple(readouts)
+        self.segmented, self.start_frame = start_frame is not None, start_frame or (lambda branch: 0)
 
     def write(self, step: int, attrs: Mapping[str, Any], resume: Mapping[str, Any] | None = None) -> None:
         """Write `steps/step_<step>.h5`; readouts that recorded nothing in this step leave it without segments.
@@ -55,7 +58,7 @@ class Recorder:
             UsageError: two branches of one segment and role, or readouts that look at different layers.
         """
         branches = dict.fromkeys(at.branch for readout in self.readouts for at in readout.at(step=step))
-        places = {(branch.segment, branch.role) for branch in branches}
+        places = {(self._number(branch), branch.role) for branch in branches}
         if len(places) < len(branches):
             raise UsageError(
                 f"A record must see one branch of a segment and role. Got {', '.join(map(str, branches))}. Choose one "
@@ -70,10 +73,11 @@ class Recorder:
     def _segment(self, step: int, branch: Branch) -> SegmentRecord:
         layout = max((r.layouts[branch] for r in self.readouts if branch in r.layouts), key=lambda seen: seen.text)
         return SegmentRecord(
-            segment=branch.segment,
+            segment=self._number(branch),
             role=branch.role,
             attrs={
                 **asdict(branch),
+                "segment": self._number(branch),
                 "start_frame": self.start_frame(branch),
                 "grid": list(layout.grid.shape),
                 "order": layout.order,
@@ -81,6 +85,9 @@ class Recorder:
             tokens=tokens_of(self.prompts, branch, layout.text),
             **gather(self.readouts, step, branch),
         )
+
+    def _number(self, branch: Branch) -> int:
+        return branch.segment if self.segmented else branch.prompt
 
 
 def record(
@@ -110,6 +117,8 @@ def record(
         PlanError: a readout needs a kind of attention this model does not have.
         StoreError: the folder is taken (see `force`) or cannot be written.
     """
+    if not isinstance(prompt, str):
+        raise _one_video(repr(prompt))
     words = (words,) if isinstance(words, str) else words
     where = Where(steps=steps, layers=layers)
     both = family_of(pipe.transformer).kinds & JOINT
@@ -120,49 +129,80 @@ def record(
 
 def generate(
     pipe: Any,
-    prompt: str,
+    prompts: str | Mapping[str, str],
     readouts: Sequence[Readout],
     out: str | Path,
     *,
+    edits: Sequence[Handler] = (),
     seed: int = 0,
+    shared: bool = True,
     fps: int = 8,
     force: bool = False,
     recipe: str | None = None,
+    info: Mapping[str, Any] | None = None,
+    show: Show | None = None,
     quiet: bool = True,
     call: Mapping[str, Any],
 ) -> Run:
-    """`record` with readouts of one's own; `recipe` is the text kept as recipe.yaml."""
+    """`record` with readouts and edits of one's own, of one prompt or of several by name, which make one batch. With
+    `shared` all start from the same noise, else each has its own, as the stock pipeline does. `recipe` is the text kept
+    as recipe.yaml, `info` are further facts for run.json, `show` says how the videos are written.
+    """
     _refuse_own(call, fps)
     refuse_unrecordable(readouts)
-    _refuse_several(pipe, prompt, call)
-    traced = trace(pipe, *readouts)
-    prompts = traced.tokenize([prompt], **call)
+    family = family_of(pipe.transformer)
+    if family.copies(call) > 1:
+        raise _one_video(f"{family.several}={family.copies(call)}")
+    named = {MAIN: prompts} if isinstance(prompts, str) else dict(prompts)
+    texts = list(named.values())
+    traced = trace(pipe, *edits, *readouts)
+    cut = traced.tokenize(texts, **call)
     count = int(asked(pipe, call, "num_inference_steps"))
-    traced.plan(count, prompts)  # refuses first
-    info = {**provenance(pipe), "prompts": [prompt], "seed": seed, "call": {k: repr(v) for k, v in call.items()}}
-    source = where_from(info)
+    traced.plan(count, cut)  # refuses first
+    facts = {**provenance(pipe), "prompts": texts, "seed": seed, "call": {k: repr(v) for k, v in call.items()}}
+    facts |= info or {}
     with (
-        RunWriter.create(out, info, recipe or f"# probe.record({prompt!r})\n", force) as writer,
+        RunWriter.create(out, facts, recipe or f"# probe.record({texts[0]!r})\n", force) as writer,
         tqdm(total=count, unit="step", disable=quiet) as bar,
     ):
-        recorder = Recorder(writer, prompts, readouts)
-        generator = torch.Generator().manual_seed(seed)
-        began: dict[int, float] = {}  # the timestep of each step's first evaluation
-
-        def on_step(_: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            step = step_of(pipe.scheduler, evaluation)
-            assert step is not None
-            began.setdefault(step, float(timestep))
-            if evaluation + 1 < len(pipe.scheduler.timesteps) and step_of(pipe.scheduler, evaluation + 1) == step:
-                return tensors  # a second-order sampler goes on with this step
-            resume = {"latents": tensors["latents"].float().cpu().numpy(), "generator": generator.get_state().numpy()}
-            recorder.write(step, {"timestep": began[step], **source}, resume)
-            bar.update()
-            return tensors
-
-        given = {"generator": generator, "callback_on_step_end": on_step, "output_type": "np"} | dict(call)
-        finish_video(writer.folder, _pixels(traced(prompt=prompt, **given)), fps, prompt)
+        generators = [torch.Generator().manual_seed(seed) for _ in range(len(texts) if shared else 1)]
+        steps = _Steps(pipe, Recorder(writer, cut, readouts), generators, where_from(facts), bar)
+        given = {
+            "prompt": texts if len(texts) > 1 else texts[0],
+            "generator": generators if len(generators) > 1 else generators[0],
+        }
+        given |= {"callback_on_step_end": steps.end, "output_type": "np"}
+        pixels = _pixels(traced(**given, **call))
+        clips = [Clip(name, text, frames) for (name, text), frames in zip(named.items(), pixels, strict=True)]
+        finish_video(writer.folder, clips, show or Show(fps))
     return Run(writer.folder)
+
+
+class _Steps:
+    """Writes each step of a stock pipeline when its callback tells that it ended."""
+
+    def __init__(
+        self, pipe: Any, recorder: Recorder, generators: Sequence[torch.Generator], source: Mapping[str, Any], bar: Any
+    ) -> None:
+        self.pipe, self.recorder, self.generators, self.source, self.bar = pipe, recorder, generators, source, bar
+        self.began: dict[int, float] = {}  # the timestep of each step's first evaluation
+
+    def end(self, _: Any, evaluation: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`."""
+        scheduler = self.pipe.scheduler
+        step = step_of(scheduler, evaluation)
+        assert step is not None
+        self.began.setdefault(step, float(timestep))
+        if evaluation + 1 < len(scheduler.timesteps) and step_of(scheduler, evaluation + 1) == step:
+            return tensors  # a second-order sampler goes on with this step
+        drawn = np.stack([generator.get_state().numpy() for generator in self.generators])
+        kept = {
+            "latents": tensors["latents"].float().cpu().numpy(),
+            "generator": drawn[0] if len(drawn) == 1 else drawn,
+        }
+        self.recorder.write(step, {"timestep": self.began[step], **self.source}, kept)
+        self.bar.update()
+        return tensors
 
 
 _OWN = ("generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
@@ -180,26 +220,14 @@ def _refuse_own(call: Mapping[str, Any], fps: int) -> None:
         raise UsageError(f"fps must be at least 1. Got {fps}. Take 8.")
 
 
-def _refuse_several(pipe: Any, prompt: Any, call: Mapping[str, Any]) -> None:
-    """A record is of one video."""
-    family = family_of(pipe.transformer)
-    if not isinstance(prompt, str) or family.copies(call) > 1:
-        got = f"{family.several}={family.copies(call)}" if isinstance(prompt, str) else repr(prompt)
-        raise UsageError(
-            f"record() must make one video or picture of one prompt, given as text. Got {got}. Record each in a run of "
-            "its own."
-        )
+def _one_video(got: str) -> UsageError:
+    return UsageError(
+        f"record() must make one video or picture of one prompt, given as text. Got {got}. Record each in a run of its "
+        "own."
+    )
 
 
-def _pixels(output: Any) -> film.Frames:
-    """Frames uint8 [F, height, width, 3] of a pipeline's output; a picture is one frame."""
-    frames = output.frames[0] if hasattr(output, "frames") else output.images[:1]
-    return (np.asarray(frames) * 255).round().astype(np.uint8)
-
-
-def finish_video(folder: Path, frames: film.Frames, fps: int, title: str) -> None:
-    """video.mp4, video.gif and contact.png of a finished run."""
-    film.save_video(folder, frames, fps)
-    pictures, notes = film.pick(frames, 9)
-    said = f"{len(frames)} frames, {fps} per second" if len(frames) > 1 else "one picture"
-    film.contact_sheet(folder / "contact.png", title, [film.Row(said, pictures, notes)])
+def _pixels(output: Any) -> list[Frames]:
+    """Frames uint8 [F, height, width, 3] of each video of a pipeline's output; a picture is one frame."""
+    videos = output.frames if hasattr(output, "frames") else [picture[None] for picture in output.images]
+    return [(np.asarray(frames) * 255).round().astype(np.uint8) for frames in videos]

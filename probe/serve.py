@@ -24,7 +24,7 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
     if call.changes:
         plan.how[call.site, weigh.run(call)] += 1
     readouts = [h for h in handlers if h.stage == Stage.USED and h.where.rows(call.branches)]
-    if plan.fuse and call.out is None and any(h.in_parts for h in readouts):
+    if plan.fuse and call.out is None and not call.changes and any(h.in_parts for h in readouts):
         call.run_in_parts()
     if call.out is None and any(h.needs_lse for h in readouts):
         call.run_with_lse()
@@ -32,7 +32,7 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
 
 def after_attention(call: AttentionCall, plan: Plan, out: Tensor) -> Tensor:
     """Stages 4 and 5; returns what the model goes on with, `out` itself if nothing merged."""
-    call.out = out
+    call.out = call.over(out) if call.out is None else out
     handlers = plan.at(call.site)
     _serve(call, plan, [h for h in handlers if h.stage == Stage.USED])
     merges = [h for h in handlers if h.stage == Stage.MERGE]

@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from nnsight import NNsight
 from torch import Tensor, nn
 
+from probe.block import Afterwards
 from probe.call import AttentionCall
 from probe.errors import TapError
 from probe.gate import gate_of
 from probe.layout import TokenLayout
 from probe.models.family import Family, Slot
+from probe.models.rope import Rope
 from probe.reroute import Route, reroute
 from probe.site import SPLIT, Branch, Site
 from probe.word import Prompt
@@ -66,17 +69,13 @@ class Hub(nn.Module):
         self.layers = nn.ModuleList(AttentionPoint() for slot in slots if slot.call == 0)
         self.second = nn.ModuleDict({str(slot.layer): AttentionPoint() for slot in slots if slot.call})
 
-    def point(self, slot: Slot) -> Any:
-        """The module of a slot."""
-        return self.second[str(slot.layer)] if slot.call else self.layers[slot.layer]
+    def point(self, at: Slot | Site) -> Any:
+        """The module of a slot or of a call; Mochi's further calls are batch entries, not further modules."""
+        return self.second[str(at.layer)] if at.kind in SPLIT and at.call else self.layers[at.layer]
 
     def forward(self, call: AttentionCall | None) -> Tensor | None:
         """Run the model's own attention on the tensors the call now holds."""
-        if call is None:
-            return None
-        site = call.site
-        point = self.second[str(site.layer)] if site.kind in SPLIT and site.call else self.layers[site.layer]
-        return point(call.q, call.k, call.v)
+        return None if call is None else self.point(call.site)(call.q, call.k, call.v)
 
 
 class Tap:
@@ -110,6 +109,8 @@ class Tap:
         self._served: set[tuple[int, int]] = set()
         self._masked: tuple[Tensor | None, tuple[int, ...] | None] = (None, None)
         self._named: tuple[str | None, int | None] = (None, None)
+        self._afterwards = Afterwards(family)
+        self._rope: Callable[[], Rope | None] = lambda: None
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -139,8 +140,8 @@ class Tap:
             for slot in self.slots:
                 self._undo.append(reroute(slot.module, lambda route, slot=slot: self._attend(slot, route)))
             for model in self.models:
-                handle = model.register_forward_pre_hook(self._forward, with_kwargs=True)
-                self._undo.append(handle.remove)
+                self._undo.append(model.register_forward_pre_hook(self._forward, with_kwargs=True).remove)
+                self._undo.extend(self._afterwards.listen(model))
                 self._listen(model)
         except BaseException:
             self.__exit__()
@@ -178,6 +179,8 @@ class Tap:
         inputs = self.family.inputs(model, args, kwargs)
         self.layout = self.family.layout(model, inputs)
         self._seen, self._masked = Counter(), (None, None)
+        self._rope = cache(partial(self.family.rope, model, inputs))  # asked once the weights are on the device
+        self._afterwards.begin(self.layout)
         name, step = self._named
         if inputs.get("skip_layers"):  # skip-layer guidance of SD3: a further forward of the conditional half
             name = "cond"
@@ -196,9 +199,11 @@ class Tap:
         point = self.hub.point(slot)
         point.attend = route.own
         try:
-            return self.hub(call)
+            out = self.hub(call)
         finally:
             del point.attend
+        self._afterwards.ask(slot, call.site.call - slot.call, call.later)
+        return out
 
     def _call(self, slot: Slot, route: Route, layout: TokenLayout) -> AttentionCall:
         at, place = (slot.layer, slot.call), self.place()
@@ -219,6 +224,7 @@ class Tap:
             mask=route.mask,
             visible=self._visible(route.mask, len(route.q)),
             native=route.native,
+            rope=None if slot.kind == "cross" else self._rope(),
         )
 
     def _visible(self, mask: Tensor | None, batch: int) -> tuple[int, ...] | None:

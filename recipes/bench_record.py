@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from probe.clock import Clock
-from probe.layout import Grid
-from probe.models.load import load
+from probe.models.cogvideox import COGVIDEOX, clip_frames
+from probe.models.load import Bare, load
 from probe.readout.base import Readout
 from probe.readout.column import ColumnMass
 from probe.readout.entropy import Entropy
@@ -55,17 +54,13 @@ class _Forward:
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        self.model, self.pipe = model, SimpleNamespace(transformer=model, scheduler=None)
+        self.model, self.pipe = model, Bare(model)
         self.prompt = prompt_of(config.max_text_seq_length)
-        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        self.shape = Shape(
-            config.max_text_seq_length,
-            Grid(frames, config.sample_height // config.patch_size, config.sample_width // config.patch_size),
-            config.num_attention_heads,
-            config.attention_head_dim,
-        )
+        layout = COGVIDEOX.clip(config, {})
+        self.shape = Shape(layout.text, layout.grid, config.num_attention_heads, config.attention_head_dim)
         noise = torch.Generator().manual_seed(0)
-        latents = torch.randn(2, frames, config.in_channels, config.sample_height, config.sample_width, generator=noise)
+        size = (2, clip_frames(config), config.in_channels, config.sample_height, config.sample_width)
+        latents = torch.randn(size, generator=noise)
         text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=noise)
         self.inputs = {
             "hidden_states": latents.to(model.device, model.dtype),

@@ -13,6 +13,9 @@ from probe.errors import MmditError
 from recipes import cli_read, console
 from recipes.cli_bench import app as bench_app
 from recipes.cli_read import Format
+from recipes.cli_recipes import Sets
+from recipes.cli_recipes import app as recipes_app
+from recipes.cli_study import app as study_app
 
 if TYPE_CHECKING:
     from recipes.recipe import Recipe
@@ -24,14 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipes_app = typer.Typer(help="The recipes: list, show, validate, schema.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<date>-<name> by default.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier run in that folder.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="miniature, a pipeline folder or a hub id.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example steps=50 or sampler.seed=7.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep idle parts of the model on the CPU.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes and predicted cost, and stop.")]
@@ -39,7 +41,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes and predict
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A built-in name or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="A built-in name, a YAML file, a run folder, or a video of a run.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Replaces the prompts; repeat it.")] = None,
     model: Model = None,
     sets: Sets = None,
@@ -110,39 +112,6 @@ def resume(
     from recipes.run import Place, go_on
 
     console.facts("done", console.outcome(go_on(folder, format == "json", Place(device, offload))), format)
-
-
-@recipes_app.command("list")
-def list_recipes(format: Format = "text") -> None:
-    """The built-in recipes."""
-    from recipes import parse
-
-    rows = [{"name": name, "description": parse.load(name).description} for name in parse.names()]
-    console.table("recipes", rows, format)
-
-
-@recipes_app.command()
-def show(recipe: str) -> None:
-    """Print a recipe's YAML, a starting point for your own."""
-    from recipes import parse
-
-    console.text(parse.text_of(parse.find(recipe)).rstrip())
-
-
-@recipes_app.command()
-def validate(recipe: Annotated[str, typer.Argument(help="A built-in name or a YAML file.")], sets: Sets = None) -> None:
-    """Check a recipe without loading a model."""
-    from recipes import parse
-
-    console.text(f"{recipe} is a valid recipe: {parse.load(recipe, sets or ()).name}.")
-
-
-@recipes_app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from recipes.recipe import Recipe
-
-    console.data(Recipe.model_json_schema())
 
 
 for read in (cli_read.maps, cli_read.mask, cli_read.diff):

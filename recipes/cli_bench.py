@@ -1,4 +1,4 @@
-"""`mmdit bench`: what looking costs, in ratios to doing nothing."""
+"""`mmdit bench`: what looking and rewriting cost, in ratios to doing nothing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from probe.errors import UsageError
 from recipes import console
 from recipes.cli_read import Format
 
 if TYPE_CHECKING:
     from recipes.bench import Method
 
-app = typer.Typer(help="Timings side by side with plain attention: attention, record.", no_args_is_help=True)
+app = typer.Typer(help="Timings side by side with plain attention: attention, rewrite, record.", no_args_is_help=True)
 
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
 Dtype = Annotated[
@@ -36,10 +35,11 @@ def attention(
     format: Format = "text",
 ) -> None:
     """One attention call: each readout beside plain attention."""
+    from probe.models.load import place_of
     from recipes.bench_attention import Bench, shape_of
 
     shape = shape_of(size)
-    place, kind = _place(device, dtype)
+    place, kind = place_of(device, dtype)
     _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
 
 
@@ -53,20 +53,31 @@ def record(
     format: Format = "text",
 ) -> None:
     """A whole forward: recording beside plain generation."""
+    from probe.models.load import place_of
     from recipes.bench_record import methods
 
-    place, kind = _place(device, dtype)
+    place, kind = place_of(device, dtype)
     title, made = methods(size, place, kind)
     _print(title, made, place, kind, rounds, threads, format)
 
 
-def _place(device: str | None, dtype: str | None) -> tuple[str, Any]:
-    import torch
+@app.command()
+def rewrite(
+    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    format: Format = "text",
+) -> None:
+    """Two calls that take from each other: each rewriting beside plain attention and beside its usual form."""
+    from probe.models.load import place_of
+    from recipes.bench_attention import shape_of
+    from recipes.bench_rewrite import Bench
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if place != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"A benchmark must run on a device that is there. Got {place}, and torch sees no GPU.")
-    return place, getattr(torch, dtype or ("float32" if place == "cpu" else "bfloat16"))
+    shape = shape_of(size)
+    place, kind = place_of(device, dtype)
+    _print(f"{size}: 2 x {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
 
 
 def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, threads: int, format: str) -> None:

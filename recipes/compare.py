@@ -159,7 +159,7 @@ def _heads(pair: Pair, a: Array, b: Array, mode: Mode, count: int) -> Comparison
 
 def _metrics(pair: Pair, mode: Mode) -> Comparison:
     """The numbers per head that both runs recorded."""
-    a, b = (getattr(run, "metrics", ()) for run in (pair.a, pair.b))
+    a, b = (run.metrics for run in (pair.a, pair.b))
     found = (_told(name, _metric, pair, name, mode) for name in a if name in b)
     return sum(found, Comparison(left_out=only("metrics", a, b)))
 

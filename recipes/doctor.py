@@ -35,10 +35,9 @@ def _torch() -> dict[str, Any]:
 
     from probe import attend
     from probe.errors import MmditError
-    from probe.models.load import MINIATURE
+    from probe.models.load import MINIATURE, place_of
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = place_of()
     try:
         errors = attend.verify(device, dtype)
         kernel = f"{attend.backend_name(device, dtype)}, error against float64 {max(errors.values()):.1e}"

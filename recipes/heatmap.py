@@ -50,7 +50,8 @@ def choose(
 ) -> Picked:
     """Read one map; `segment` None is the whole video, each frame the mean of the segments that show the word there.
 
-    Frames whose segments do not have the word are 0.
+    Frames whose segments do not have the word are 0. Where each prompt has a video of its own, its number is its
+    segment, and None is the prompt that the run shows, else the first that has the word.
     """
 
     word = next((known for known in run.words if known.casefold() == word.casefold()), word)
@@ -59,6 +60,9 @@ def choose(
         return run.word_map(word, layer=layer, step=step, head=head, segment=number, direction=direction)
 
     having = sorted({s for s, role in run.segments if word in run.segment_words(s, role)})
+    if segment is None and "names" in run.info and having:
+        shown = run.info["names"].index(run.info["shown"][-1])
+        segment = shown if shown in having else having[0]
     if segment is not None or len({s for s, _ in run.segments}) < 2 or not having:
         return Picked(word, layer, step, head, segment or 0, direction, read(segment))
     return Picked(word, layer, step, head, None, direction, _stitch(run, {s: read(s) for s in having}))
@@ -142,7 +146,7 @@ def _heat(run: Run, picked: Picked, opacity: float = 0.9) -> tuple[film.Frames, 
         raise UsageError(
             f"A picture must have frames to lie on. Got a run without a video, {run.path}. Export npz or csv."
         )
-    frames = _frames(run)
+    frames = _frames(run, picked.segment)
     if picked.segment is None:
         return frames, film.overlay(frames, picked.lift, opacity)
     whole, start = _stitch(run, {picked.segment: picked.lift}), _starts(run)[picked.segment]
@@ -151,9 +155,15 @@ def _heat(run: Run, picked: Picked, opacity: float = 0.9) -> tuple[film.Frames, 
     return frames[inside], film.overlay(frames, whole, opacity)[inside]
 
 
-def _frames(run: Run) -> film.Frames:
-    """Pixel frames of the video; of the GIF where no ffmpeg is installed."""
-    gif = run.path / "video.gif"
+def _frames(run: Run, segment: int | None) -> film.Frames:
+    """Pixel frames of the video, of that of one prompt where each has its own; of the GIF where no ffmpeg is
+    installed.
+    """
+    video, names = run.video, run.info.get("names", ())
+    assert video is not None
+    own = video.with_stem(names[segment]) if names and segment is not None else video
+    video = own if own.is_file() else video
+    gif = video.with_suffix(".gif")
     if not film.has_ffmpeg() and gif.is_file():
         return np.asarray(iio.imread(gif))[..., :3]
-    return np.asarray(iio.imread(str(run.video)))
+    return np.asarray(iio.imread(str(video)))

@@ -15,8 +15,15 @@ from probe.layout import TokenLayout
 from probe.models.cogvideox import COGVIDEOX, clip_frames
 from probe.models.family import Family
 from probe.models.load import card, checkpoints_of
-from probe.site import Where
-from recipes.recipe import Auto, Recipe
+from probe.show import MAIN
+from probe.site import Branch, Where
+from probe.store_record import ROLES
+from recipes.cut import Cut, cut_of
+from recipes.operator import Transfer
+from recipes.part import Auto
+from recipes.recipe import Recipe
+from recipes.source import PREVIOUS
+from recipes.span import Span, chosen
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class Clip:
 @dataclass(frozen=True)
 class Size:
     """What the configuration of a model says: its family, layers, heads and their width, the sequence of one clip or
-    picture. `clip` is None for a family that runs through its stock pipeline.
+    picture, whether it rotates queries and keys by position. `clip` is None for a family that runs through its stock
+    pipeline.
     """
 
     family: Family
@@ -40,11 +48,12 @@ class Size:
     width: int
     layout: TokenLayout
     clip: Clip | None
+    rope: bool
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and its numbers. `segments` and `window` are None where the recipe has none."""
+    """A recipe and its numbers. `segments`, `window` and `cut` are None where the recipe has none."""
 
     recipe: Recipe
     size: Size
@@ -52,12 +61,24 @@ class Job:
     guidance: float
     segments: Segments | None
     window: Window | None
+    cut: Cut | None = None
 
     @property
     def frames(self) -> int:
         """Latent frames of the video; token frames where the stock pipeline makes it."""
-        clip = self.size.clip
-        return self.segments.frames if self.segments else clip.frames if clip else self.size.layout.grid.frames
+        clip, longer = self.size.clip, self.segments or self.cut
+        return longer.frames if longer else clip.frames if clip else self.size.layout.grid.frames
+
+    @property
+    def joined(self) -> bool:
+        """Whether all prompts make one video together."""
+        return self.segments is not None or self.cut is not None
+
+    def start_frame(self, branch: Branch) -> int:
+        """The first latent frame of a branch in the video."""
+        if self.cut is not None:
+            return self.cut.starts[branch.segment]
+        return branch.segment * self.segments.stride if self.segments else 0
 
     @property
     def pixel_frames(self) -> int | None:
@@ -76,6 +97,7 @@ class Job:
             "steps": self.steps,
             "guidance": self.guidance,
             "overlap": self.segments.overlap if self.segments else None,
+            "windows begin at": list(self.cut.starts) if self.cut else None,
             "shared steps": half_open(self.window.steps) if self.window else None,
             "shared layers": half_open(self.window.layers) if self.window else None,
         }
@@ -88,7 +110,16 @@ class Job:
         return Where(
             steps=_span(record.steps, self.steps, "record.steps", "steps"),
             layers=_span(record.layers, self.size.layers, "record.layers", "layers"),
+            branches=Unperturbed(),
         )
+
+
+@dataclass(frozen=True)
+class Unperturbed:
+    """Conditional branches outside of perturbed passes: those that a record shows."""
+
+    def __call__(self, branch: Branch) -> bool:
+        return branch.guided and branch.role in ROLES
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -98,6 +129,7 @@ def prepare(recipe: Recipe) -> Job:
         ModelError: the model is not there or of an unknown family.
         UsageError: numbers that do not fit it (overlap, windows), or more than its stock pipeline can do.
     """
+    _refuse_names(recipe)
     checkpoint = checkpoints_of(recipe.model)[0]
     family, config = checkpoint.family, checkpoint.config()
     defaults = _call_defaults(family) | card(checkpoint.model)
@@ -109,8 +141,8 @@ def prepare(recipe: Recipe) -> Job:
         job = Job(recipe, size, steps, guidance, None, None)
     else:
         _refuse_call(recipe, family)
-        segments = _segments(recipe, size.clip)
-        job = Job(recipe, size, steps, guidance, segments, _window(recipe, steps, size))
+        segments, cut = _segments(recipe, size.clip), cut_of(recipe, size.clip.frames)
+        job = Job(recipe, size, steps, guidance, segments, _window(recipe, steps, size), cut)
         refuse_steps(job.steps)
     job.record_where()
     return job
@@ -120,14 +152,28 @@ def _segments(recipe: Recipe, clip: Clip) -> Segments | None:
     if recipe.segments is None:
         return None
     overlap = None if recipe.segments.overlap == "auto" else recipe.segments.overlap
+    for name, given in (("guides", recipe.guides), ("latents", recipe.latents)):
+        if given:
+            raise UsageError(
+                f"A recipe with segments must have no {name}: the segments share one long latent. Got {len(given)}. "
+                "Leave one of the two out."
+            )
     return Segments.scaled(len(recipe.prompts), clip.frames, recipe.segments.transitions, overlap)
+
+
+def _refuse_names(recipe: Recipe) -> None:
+    """Videos are named like their prompts, beside the files of the run."""
+    if MAIN in recipe.prompt_names and len(recipe.prompts) > 1:
+        raise UsageError(f"A prompt must not be named {MAIN}, as the file of the run is. Got it. Choose another name.")
 
 
 def _refuse_more_than_stock(recipe: Recipe, family: Family) -> None:
     sampler = recipe.sampler
     asked = {
         "segments": recipe.segments is not None,
-        "edits": bool(recipe.edits),
+        "windows": recipe.windows is not None,
+        "guides": bool(recipe.guides),
+        "latents": bool(recipe.latents),
         f"scheduler {sampler.scheduler}": sampler.scheduler != "model",
         "dynamic guidance": sampler.dynamic,
         f"negative {sampler.negative}": sampler.negative != "empty",
@@ -158,24 +204,36 @@ def _number(value: float | Auto, auto: float) -> float:
 
 
 def _window(recipe: Recipe, steps: int, size: Size) -> Window | None:
-    if not recipe.edits:
+    """Where segments share; None without sharing, or where its window is empty."""
+    shared = [
+        (number, edit)
+        for number, edit in enumerate(recipe.edits)
+        if isinstance(edit, Transfer) and edit.source == PREVIOUS
+    ]
+    if not shared:
         return None
-    if len(recipe.edits) > 1:
-        raise UsageError(f"A recipe must have one transfer from previous_segment. Got {len(recipe.edits)}. Join them.")
-    edit, auto = recipe.edits[0], Window.scaled(steps, size.layers)
+    if len(shared) > 1:
+        raise UsageError(f"A recipe must have one transfer from previous_segment. Got {len(shared)}. Join them.")
+    number, edit = shared[0]
+    auto = Window.scaled(steps, size.layers)
     window = Window(
-        auto.steps if edit.steps == "auto" else _span(edit.steps, steps, "edits.0.steps", "steps"),
-        auto.layers if edit.layers == "auto" else _span(edit.layers, size.layers, "edits.0.layers", "layers"),
+        auto.steps if edit.steps == "auto" else _range(edit.steps, steps, f"edits.{number}.steps", "steps"),
+        auto.layers if edit.layers == "auto" else _range(edit.layers, size.layers, f"edits.{number}.layers", "layers"),
     )
     return window if window.steps and window.layers else None
 
 
+def _range(span: Span, n: int, name: str, what: str) -> range:
+    """A span without gaps."""
+    found = chosen(span, n, name, what)
+    if found[-1] - found[0] >= len(found):
+        raise UsageError(f"{name} must be one range for previous_segment. Got {list(found)}. Write [start, stop).")
+    return range(found[0], found[-1] + 1)
+
+
 def _span(bounds: tuple[int, int] | Auto, n: int, name: str, what: str) -> range:
-    if bounds == "auto":
-        return range(n)
-    if bounds[1] > n:
-        raise UsageError(f"{name} must lie within [0, {n}), the {what} of this run. Got {list(bounds)}. Lower its end.")
-    return range(*bounds)
+    """A half-open interval."""
+    return range(n) if bounds == "auto" else _range(bounds, n, name, what)
 
 
 def _call_defaults(family: Family) -> dict[str, Any]:
@@ -195,4 +253,5 @@ def _size(family: Family, config: Mapping[str, Any], call: Mapping[str, Any]) ->
         clip = Clip(frames, config.get("temporal_compression_ratio", 4), values)
     layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers"))
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
-    return Size(family, layers, heads, width, family.clip(config, call), clip)
+    rotates = family.rope is not Family.rope and config.get("use_rotary_positional_embeddings", True)
+    return Size(family, layers, heads, width, family.clip(config, call), clip, rotates)

@@ -45,4 +45,4 @@ def readouts(record: Record, where: Where, steps: int, layers: int, kinds: Colle
     found += [RegionMass(where=where)] if record.mass else []
     found += [LOOKS[name](where=where) for name in dict.fromkeys(record.readouts)]
     pairs = [(steps // 2, layers // 2)] if record.keep_qk == "auto" else record.keep_qk
-    return (*found, *([KeepQK(pairs)] if pairs else []))
+    return (*found, *([KeepQK(pairs, where=Where(branches=where.branches))] if pairs else []))

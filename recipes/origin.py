@@ -10,7 +10,7 @@ from probe.errors import MmditError
 from probe.store import Run
 from recipes import parse
 
-OWN = ("format", "schema", "started", "finished", "seconds", "recipe")
+OWN = ("format", "schema", "started", "finished", "seconds", "recipe", "recipe_text")
 """What run.json says of every run anew; recipes are compared key by key instead of by their hash."""
 
 

@@ -7,33 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, Tag, model_validator
 
-from probe.word import places_of, words_of
-
-Auto = Literal["auto"]
-
-
-def _not_empty(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must have at least one word")
-    return text
-
-
-def _half_open(bounds: tuple[int, int]) -> tuple[int, int]:
-    if not 0 <= bounds[0] < bounds[1]:
-        raise ValueError("must be [start, stop) with 0 <= start < stop")
-    return bounds
-
-
-Text = Annotated[str, AfterValidator(_not_empty)]
-HalfOpen = Annotated[tuple[int, int], AfterValidator(_half_open)]
-
-
-class Part(BaseModel):
-    """Common rules: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from recipes import meaning
+from recipes.area import Mask
+from recipes.guide import Guide, LatentEdit
+from recipes.operator import Edit
+from recipes.part import Auto, Count, HalfOpen, Name, Part, PromptName, Text, by_form
 
 
 class Sampler(Part):
@@ -51,7 +31,10 @@ class Sampler(Part):
     negative: Literal["empty", "zeros"] = Field(
         default="empty", description="unconditional embedding: the encoded empty prompt, or zeros as in DiTCtrl"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the first noise")
+    noise: Literal["shared", "each"] = Field(
+        default="shared", description="shared: all prompts start from the same noise; each: from noise of their own"
+    )
 
 
 class Segments(Part):
@@ -63,19 +46,24 @@ class Segments(Part):
     )
 
 
-class Transfer(Part):
-    """Rows of the batch read tensors of a source row: with kv, DiTCtrl's KV sharing."""
+class Windows(Part):
+    """A longer latent in overlapping windows, predicted side by side and averaged where they overlap (Gen-L-Video)."""
 
-    kind: Literal["transfer"]
-    tensors: Literal["k", "v", "kv", "q", "qk", "qkv"] = "kv"
-    source: Literal["previous_segment"]
-    steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: [round(K/25), round(K/2)) of K steps")
-    layers: HalfOpen | Auto = Field(
-        default="auto", description="half-open; auto: the last max(1, round(L/6)) of L layers"
+    frames: Count = Field(description="latent frames of the video; a window has those of a clip")
+    stride: Count | Auto = Field(
+        default="auto", description="latent frames from one window to the next; auto: a quarter of a window"
+    )
+    weights: Literal["uniform", "triangular"] = Field(
+        default="triangular", description="of the frames of a window in the average; triangular: the middle counts most"
+    )
+    prompts: list[PromptName] | None = Field(
+        default=None, min_length=1, description="name of the prompt of each window; null: all prompts, in equal shares"
     )
 
 
-Look = Literal["frames", "tokens", "entropy", "lse", "columns", "sinks", "sparsity", "locality"]
+Look = Literal[
+    "frames", "tokens", "entropy", "lse", "columns", "sinks", "sparsity", "locality", "similarity", "settling"
+]
 Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
 
@@ -90,7 +78,7 @@ class Record(Part):
     )
     layers: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
     steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
-    heads: Literal["mean", "each"] = "mean"
+    heads: Literal["mean", "each"] = Field(default="mean", description="mean: word maps over all heads; each: per head")
     mass: bool = Field(default=True, description="region masses as well")
     readouts: list[Look] = Field(default_factory=list, description="further readouts, each once")
     keep_qk: list[Place] | Auto = Field(
@@ -101,21 +89,52 @@ class Record(Part):
 class Output(Part):
     """The video files."""
 
-    fps: int = Field(default=8, ge=1, le=120)
+    fps: int = Field(default=8, ge=1, le=120, description="frames per second")
+    show: list[PromptName] | None = Field(
+        default=None, min_length=1, description="names of the prompts whose videos are written; null: the last"
+    )
+
+
+Prompts = Annotated[
+    Annotated[list[Text], Field(min_length=1), Tag("list")]
+    | Annotated[dict[Name, Text], Field(min_length=1), Tag("dict")],
+    by_form("must be a list of texts, or texts by name", {list: "list", tuple: "list", dict: "dict"}, {}),
+]
 
 
 class Recipe(Part):
     """One run."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1] = Field(description="of this language")
     name: Annotated[str, Field(pattern=r"^\w[\w .-]*$", description="also part of the run folder's name")]
-    description: str = ""
+    description: str = Field(default="", description="one line")
+    source: str = Field(default="", description="the paper and its arXiv id")
+    status: Literal["checked", "runs", "primitives only"] | None = Field(
+        default=None,
+        description="checked: its effect was measured; runs: it does what its operators say; primitives only: the "
+        "paper leaves out what it would take",
+    )
+    defaults_from: list[str] = Field(default_factory=list, description="where its numbers come from")
+    departures: list[str] = Field(default_factory=list, description="where it differs from the paper or its code")
+    checked: str = Field(default="", description="what was measured, where status is checked")
+    include: str | list[str] | None = Field(
+        default=None,
+        description="a built-in recipe or a file in this folder that this one starts from: mappings are merged, all "
+        "else is replaced; of several, later ones lie on top",
+    )
+    variables: dict[Name, Any] = Field(
+        default_factory=dict, description="values for ${name} anywhere else; --set name=value changes them"
+    )
     model: Text = Field(default="miniature", description="miniature, a pipeline folder or a hub id")
-    prompts: list[Text] = Field(min_length=1)
+    prompts: Prompts = Field(description="texts, or texts by name; those of a list are named 0, 1 and so on")
     sampler: Sampler = Sampler()
-    segments: Segments | None = None
-    edits: list[Transfer] = []
-    record: Record | None = None
+    masks: dict[Name, Mask] = Field(default_factory=dict, description="sets of video tokens by name, for areas")
+    segments: Segments | None = Field(default=None, description="one prompt after the other in a longer video")
+    windows: Windows | None = Field(default=None, description="a longer video in overlapping windows")
+    edits: list[Edit] = Field(default_factory=list, description="operators, changes of the attention")
+    guides: list[Guide] = Field(default_factory=list, description="guidance by perturbed passes")
+    latents: list[LatentEdit] = Field(default_factory=list, description="changes of the latents")
+    record: Record | None = Field(default=None, description="what is kept of the attention; null: nothing")
     call: dict[str, Any] = Field(
         default_factory=dict,
         description="further arguments of the pipeline's call (height, num_frames, ...), for models that run through "
@@ -123,14 +142,29 @@ class Recipe(Part):
     )
     output: Output = Output()
 
+    @property
+    def prompt_names(self) -> tuple[str, ...]:
+        """The names of the prompts, in order."""
+        if isinstance(self.prompts, dict):
+            return tuple(self.prompts)
+        return tuple(str(i) for i in range(len(self.prompts)))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, in order."""
+        return tuple(self.prompts.values() if isinstance(self.prompts, dict) else self.prompts)
+
+    def prompt_index(self, name: str) -> int:
+        """The place of a prompt among `texts`."""
+        return self.prompt_names.index(name)
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The places of the prompts whose videos are written."""
+        names = self.output.show or self.prompt_names[-1:]
+        return tuple(self.prompt_index(name) for name in names)
+
     @model_validator(mode="after")
-    def _fits(self) -> Recipe:
-        if self.segments is None and len(self.prompts) > 1:
-            raise ValueError(f"must have one prompt without segments, got {len(self.prompts)}; add segments to turn")
-        if self.segments is None and any(edit.source == "previous_segment" for edit in self.edits):
-            raise ValueError("must have segments for a transfer from previous_segment")
-        for word in self.record.words if self.record else ():
-            if not any(places_of(prompt, word) for prompt in self.prompts):
-                spoken = ", ".join(dict.fromkeys(w for prompt in self.prompts for w in words_of(prompt)))
-                raise ValueError(f"must record words of its prompts. Got {word!r}. The words are: {spoken}")
+    def _means_something(self) -> Recipe:
+        meaning.refuse(self)
         return self

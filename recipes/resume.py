@@ -45,6 +45,19 @@ def recipe_of(run: Run) -> Recipe:
     return parse.load(str(run.path / "recipe.yaml"))
 
 
+def refuse_carried(run: Run, carried: str) -> None:
+    """Refuse to go on where more than the latents is carried from step to step: it is not kept on disk.
+
+    Raises:
+        StoreError: steps were finished, and they made such things.
+    """
+    if carried and run.steps:
+        raise StoreError(
+            f"A run to resume must carry nothing but its latents from step to step. Got {carried} in {run.path}, which "
+            "are not kept on disk. Start the recipe again."
+        )
+
+
 def state_of(run: Run, now: dict[str, Any], start: State) -> State:
     """The state of the newest step that has one, or `start` where a run stopped before; dtype and device of `start`.
 

@@ -241,6 +241,11 @@ def classify(clip: Clip) -> Verdict | None:
     )
 
 
+def overlap(body: NDArray, shape: str) -> float:
+    """IoU of one frame's body, bool [H, W], with a shape drawn to fill the same bounding box; 0 without a body."""
+    return _overlaps(body)[SHAPES.index(shape)] if body.any() else 0.0
+
+
 def _largest(mask: Mask) -> Mask:
     """The largest connected part of one frame, empty if below ``MIN_AREA``."""
     parts = np.asarray(label(mask, connectivity=1))

@@ -1,4 +1,4 @@
-"""A recipe on a family without a loop of our own: one prompt through its stock pipeline, recorded."""
+"""A recipe on a family without a loop of our own: its prompts as one batch through the stock pipeline, recorded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from probe.store import Run
 from recipes import parse
 from recipes.catalogue import readouts
 from recipes.job import Job
+from recipes.program import Program
+from recipes.told import show, told
 
 
 def call_of(job: Job) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def call_of(job: Job) -> dict[str, Any]:
     return {"num_inference_steps": job.steps, **given, **job.recipe.call}
 
 
-def execute(job: Job, pipe: Any, out: Path, force: bool, quiet: bool) -> Run:
+def execute(job: Job, made: Program, pipe: Any, out: Path, force: bool, quiet: bool) -> Run:
     """Run a recipe through `pipe` into the folder `out`.
 
     Raises:
@@ -28,13 +30,16 @@ def execute(job: Job, pipe: Any, out: Path, force: bool, quiet: bool) -> Run:
     recipe = job.recipe
     return generate(
         pipe,
-        recipe.prompts[0],
+        dict(zip(recipe.prompt_names, recipe.texts, strict=True)),
         readouts(job),
         out,
+        edits=made.handlers,
         seed=recipe.sampler.seed,
-        fps=recipe.output.fps,
+        shared=recipe.sampler.noise == "shared",
         force=force,
         recipe=parse.dump(recipe),
+        info=told(job),
+        show=show(job),
         quiet=quiet,
         call=call_of(job),
     )

@@ -12,7 +12,7 @@ RANKS = {"probe": 0, "control": 1, "ditctrl": 2, "recipes": 3, "dashboards": 4}
 DOORS = {
     "nnsight": ("probe/tap.py", "probe/tracer.py"),
     "h5py": ("probe/store*.py",),
-    "yaml": ("recipes/parse.py",),
+    "yaml": ("recipes/parse*.py",),
     "streamlit": ("dashboards/*",),
 }
 
@@ -23,6 +23,10 @@ LIGHT = (
     *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film", "measure", "contrast", "mask")),
     *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "console", "cli", "cli_read", "cli_bench")),
     *(f"recipes/{name}.py" for name in ("heatmap", "maskfile", "export", "origin", "pair", "compare")),
+    *(f"recipes/{name}.py" for name in ("part", "span", "area", "source", "guide", "meaning", "variable")),
+    *(f"recipes/{name}.py" for name in ("operation", "operator", "operator_tensor", "operator_weight", "registry")),
+    *(f"recipes/{name}.py" for name in ("include", "override", "maskvalues", "parse_tree", "parse_error")),
+    "recipes/cli_recipes.py",
     "dashboards/*",
 )
 """Files that must be importable without torch."""

@@ -5,6 +5,7 @@ first, one joint attention per block, no mask: padding is attended.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from probe.layout import Grid, TokenLayout
 from probe.models.family import Attention, Family
 from probe.models.noise import noise_like
+from probe.models.rope import Rope, by_axis
 
 
 def clip_frames(config: Mapping[str, Any]) -> int:
@@ -70,6 +72,26 @@ def _rotary(model: Any, height: int, width: int, frames: int) -> Any:
     return make(pipe, height * 8, width * 8, frames, model.device)
 
 
+def _rope(model: Any, inputs: dict[str, Any]) -> Rope | None:
+    """The positions of the first and the last token are read from the table [N, D] that the forward is given, at the
+    slowest pair of each axis, which is far from a full turn.
+    """
+    if inputs.get("image_rotary_emb") is None:
+        return None
+    (cos, sin), channels = inputs["image_rotary_emb"], model.config.attention_head_dim
+    dims = (channels // 4, channels // 8 * 3, channels // 8 * 3)
+    plain, slowest = by_axis(dims, 10_000.0, cos.device), [end // 2 - 1 for end in accumulate(dims)]
+    turned = torch.stack([torch.atan2(sin[:, 2 * pair], cos[:, 2 * pair]) for pair in slowest], -1)
+    slow = torch.stack([plain[axis, 0, pair] for axis, pair in enumerate(slowest)])
+    first, last = turned[0] / slow, turned[-1] / slow
+    sizes = _layout(model, inputs).grid.shape
+    steps = [
+        (last[axis] - first[axis]) / (n - 1) if n > 1 else torch.ones_like(slow[0]) for axis, n in enumerate(sizes)
+    ]
+    spacing = torch.stack(steps)
+    return Rope(plain * spacing[:, None, None], first / spacing)
+
+
 COGVIDEOX = Family(
     name="CogVideoX",
     transformer="CogVideoXTransformer3DModel",
@@ -81,4 +103,6 @@ COGVIDEOX = Family(
     frame_axis=1,
     call_defaults=_call_defaults,
     probe_inputs=_probe_inputs,
+    rope=_rope,
+    feed_forwards={"transformer_blocks": ("ff",)},
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from probe.layout import TokenLayout
+from probe.models.rope import Rope
 from probe.word import Encoder
 
 
@@ -65,8 +66,11 @@ class Family:
     the pipeline call's arguments, `text` says how the pipeline makes text tokens. `frame_axis` is the axis of frames of
     `hidden_states`, None where there is one picture. `several` is the argument that asks for several videos of a
     prompt, empty where the pipeline ignores it. `ragged`: one attention call per batch entry, each with its own text
-    length. `text_modulates`: the text also changes every row's modulation.
-    `probe_inputs(model)` makes small random inputs for a self-check.
+    length. `text_modulates`: the text also changes every row's modulation. `rope(model, inputs)` is how a forward
+    rotates queries and keys, None where it does not. `streams` are the arguments of a block that it also returns, in
+    that order; `feed_forwards` are the modules of that name in each list of blocks: one for the video and one for the
+    text, or one for all rows; in single-stream blocks the projection that takes attention and feed-forward side by
+    side. `probe_inputs(model)` makes small random inputs for a self-check.
     """
 
     name: str
@@ -81,12 +85,20 @@ class Family:
     frame_axis: int | None = 2
     ragged: bool = False
     text_modulates: bool = False
+    rope: Callable[[Any, dict[str, Any]], Rope | None] = lambda model, inputs: None
+    streams: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    feed_forwards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     call_defaults: Callable[[Any], dict[str, Any]] = lambda pipe: {}
 
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of attention a model of this family has."""
         return frozenset(attention.kind for attention in self.attentions)
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, Any]]:
+        """The blocks in model order, each with the name of its list; the nth is layer n."""
+        lists = dict.fromkeys(attention.blocks for attention in self.attentions)
+        return [(name, block) for name in lists for block in getattr(model, name)]
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """The attention modules in model order."""

@@ -22,6 +22,7 @@ from probe.errors import LayoutError
 from probe.layout import Grid, TokenLayout
 from probe.models.family import Attention, Family, Text
 from probe.models.noise import noise_like
+from probe.models.rope import Rope, by_axis
 
 
 def grid_of(ids: Tensor) -> Grid:
@@ -74,6 +75,13 @@ def _probe_inputs(model: Any) -> dict[str, Any]:
     return inputs
 
 
+def _rope(model: Any, inputs: dict[str, Any]) -> Rope:
+    """One unit per token, from 0; the text stands at 0 too."""
+    device = inputs["hidden_states"].device
+    frequencies = by_axis(tuple(model.pos_embed.axes_dim), model.pos_embed.theta, device)
+    return Rope(frequencies, frequencies.new_zeros(3))
+
+
 FLUX = Family(
     name="FLUX",
     transformer="FluxTransformer2DModel",
@@ -88,4 +96,7 @@ FLUX = Family(
     frame_axis=None,
     text=(Text("tokenizer_2", prompts=("prompt_2",)),),
     probe_inputs=_probe_inputs,
+    rope=_rope,
+    streams=("encoder_hidden_states", "hidden_states"),
+    feed_forwards={"transformer_blocks": ("ff", "ff_context"), "single_transformer_blocks": ("proj_out",)},
 )

@@ -13,6 +13,7 @@ from probe.errors import UsageError
 from probe.layout import Grid, TokenLayout
 from probe.models.family import Attention, Family, asked
 from probe.models.noise import noise_like
+from probe.models.rope import Rope, by_axis
 from probe.word import Encoder
 
 
@@ -64,6 +65,13 @@ def _probe_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def _rope(model: Any, inputs: dict[str, Any]) -> Rope:
+    """One unit per token, from 0."""
+    device = inputs["hidden_states"].device
+    frequencies = by_axis(tuple(model.rope.rope_dim), model.rope.theta, device)
+    return Rope(frequencies, frequencies.new_zeros(3))
+
+
 HUNYUAN = _HunyuanVideo(
     name="HunyuanVideo",
     transformer="HunyuanVideoTransformer3DModel",
@@ -75,4 +83,6 @@ HUNYUAN = _HunyuanVideo(
     layout=_layout,
     clip=_clip,
     probe_inputs=_probe_inputs,
+    rope=_rope,
+    feed_forwards={"transformer_blocks": ("ff", "ff_context"), "single_transformer_blocks": ("proj_out",)},
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ModelError
+from probe.errors import ModelError, UsageError
 from probe.models.family import Family
 from probe.models.registry import family_named, family_of, known
 
@@ -32,6 +32,22 @@ def locate(model: str) -> str:
     return model if folder is None else str(folder)
 
 
+def place_of(device: str | None = None, dtype: Any = None) -> tuple[str, Any]:
+    """Where a model computes and in which torch dtype: CUDA if there is one; float32 on the CPU, bfloat16 on a GPU.
+    `dtype` may be given by its name.
+
+    Raises:
+        UsageError: a GPU is asked for and torch sees none.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"A device must be there. Got {device}, and torch sees no GPU. Take --device cpu.")
+    usual = torch.float32 if device == "cpu" else torch.bfloat16
+    return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or usual
+
+
 def load(
     model: str = "miniature", *, device: str | None = None, dtype: Any = None, offload: bool = False, **kwargs: Any
 ) -> Any:
@@ -46,7 +62,7 @@ def load(
     """
     from diffusers import DiffusionPipeline
 
-    device, dtype = _device(device, dtype)
+    device, dtype = place_of(device, dtype)
     place = locate(model)
     checkpoints_of(model)  # an unknown family is refused before anything heavy is read
     try:
@@ -103,7 +119,7 @@ class Checkpoint:
         """
         import diffusers
 
-        device, dtype = _device(device, dtype)
+        device, dtype = place_of(device, dtype)
         kind: Any = getattr(diffusers, self.family.transformer)
         given = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         try:
@@ -224,14 +240,6 @@ def _read(file: Path) -> Mapping[str, Any] | None:
     if not isinstance(found, dict):
         raise ModelError(f"A configuration must be a JSON object. Got {file}, a {type(found).__name__}.")
     return found
-
-
-def _device(device: str | None, dtype: Any) -> tuple[str, Any]:
-    """CUDA if there is one; float32 on the CPU and bfloat16 on a GPU."""
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 def _unloadable(what: str, model: str, error: Exception) -> ModelError:

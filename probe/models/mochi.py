@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from probe.entry import on_device
 from probe.layout import Grid, TokenLayout
 from probe.models.family import Attention, Family
 from probe.models.noise import noise_like
+from probe.models.rope import Rope
 
 
 def _sequence(config: Mapping[str, Any], frames: int, height: int, width: int, text: int) -> TokenLayout:
@@ -51,6 +53,15 @@ def _probe_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def _rope(model: Any, inputs: dict[str, Any]) -> Rope:
+    """Learned frequencies. Rows and columns count from the centre, in units that make every picture equally large."""
+    _, height, width = _layout(model, inputs).grid.shape
+    device, unit = inputs["hidden_states"].device, (model.rope.target_area / (height * width)) ** 0.5
+    spacing = on_device((1.0, unit, unit), torch.float32, device)
+    origin = on_device((0.0, (1 - height) / 2, (1 - width) / 2), torch.float32, device)
+    return Rope(model.pos_frequencies.detach().to(device, torch.float32) * spacing[:, None, None], origin)
+
+
 MOCHI = Family(
     name="Mochi",
     transformer="MochiTransformer3DModel",
@@ -59,6 +70,8 @@ MOCHI = Family(
     layout=_layout,
     clip=_clip,
     probe_inputs=_probe_inputs,
+    rope=_rope,
+    feed_forwards={"transformer_blocks": ("ff", "ff_context")},
     ragged=True,
     text_modulates=True,
     call_defaults=_call_defaults,

@@ -61,4 +61,6 @@ SD3 = Family(
         Text("tokenizer_3", prompts=("prompt_3",), optional=True),
     ),
     probe_inputs=_probe_inputs,
+    streams=("encoder_hidden_states", "hidden_states"),
+    feed_forwards={"transformer_blocks": ("ff", "ff_context")},
 )

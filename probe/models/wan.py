@@ -12,6 +12,7 @@ import torch
 from probe.layout import Grid, TokenLayout
 from probe.models.family import Attention, Family, Text
 from probe.models.noise import noise_like
+from probe.models.rope import Rope, by_axis
 
 TEXT = 512
 """Text tokens of a prompt; the models that see a picture find their text by this number."""
@@ -62,6 +63,13 @@ def _probe_inputs(model: Any) -> dict[str, Any]:
     return inputs
 
 
+def _rope(model: Any, inputs: dict[str, Any]) -> Rope:
+    """One unit per token, from 0."""
+    dims = (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)
+    frequencies = by_axis(dims, 10_000.0, inputs["hidden_states"].device)
+    return Rope(frequencies, frequencies.new_zeros(3))
+
+
 WAN = Family(
     name="Wan",
     transformer="WanTransformer3DModel",
@@ -71,4 +79,7 @@ WAN = Family(
     text=(Text(clean=_clean),),
     clip=_clip,
     probe_inputs=_probe_inputs,
+    rope=_rope,
+    streams=("hidden_states",),
+    feed_forwards={"blocks": ("ffn",)},
 )

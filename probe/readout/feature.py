@@ -44,8 +44,8 @@ class TokenReadout(Readout):
         super().__init__(where or Where(), stage)
 
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
-        """Reduce each entry of `rows` while the output of its attention is at hand."""
-        self._outputs = {} if call.out is None else {call.branches[row]: call.out[row] for row in rows}
+        """Reduce each entry of `rows` while the outputs of the call are at hand."""
+        self._outputs = {} if call.out is None else dict(zip(call.branches, call.out, strict=True))
         super().serve(call, rows)
         self._outputs = {}
 

@@ -1,19 +1,16 @@
-"""The loop against the stock pipeline, bit for bit; resume; guidance fixtures; Transfer against an independent
-patch.
-"""
+"""The loop against the stock pipeline, bit for bit; prompts in lockstep; resume; guidance fixtures."""
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-import control
 import probe
 from control.adapter import Loop
-from control.denoise import Guided, State, denoise
+from control.denoise import Guided, Lockstep, State, denoise
 from control.schedule import dynamic_guidance
-from probe.errors import PlanError, UsageError
+from probe.errors import UsageError
+from probe.site import Branch
 from tests import tiny
-from tests.oracle import JointCalls, patched_attention
 
 CLASSES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
@@ -24,9 +21,18 @@ def pipe(request):
 
 
 def ours(
-    pipe, sampler, steps=4, guidance=3.0, prompts=(tiny.PROMPT,), handlers=(), until=None, start=None, dynamic=False
+    pipe,
+    sampler,
+    steps=4,
+    guidance=3.0,
+    prompts=(tiny.PROMPT,),
+    handlers=(),
+    until=None,
+    start=None,
+    dynamic=False,
+    noise="shared",
 ):
-    loop = Loop(pipe, steps, seed=0, sampler=sampler)
+    loop = Loop(pipe, steps, seed=0, sampler=sampler, noise=noise)
     text = loop.encode(prompts)
     negative = loop.encode([""] * len(prompts)) if guidance > 1 else None
     start = start or State.start(loop, len(prompts), loop.clip_frames, text.dtype)
@@ -52,6 +58,36 @@ def test_bit_identical_to_the_stock_pipeline(pipe, sampler, guidance):
     assert (loop.decode(state.latents) == (frames * 255).round().astype("uint8")).all()
     recorded = ours(pipe, sampler, guidance=guidance, handlers=[probe.WordMaps("cat"), probe.RegionMass()])[1]
     assert torch.equal(recorded.latents, state.latents)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_a_batch_of_prompts_is_bit_identical_to_the_stock_batch(pipe, sampler, guidance):
+    pipe.scheduler = CLASSES[sampler].from_config(pipe.scheduler.config)
+    prompts = [tiny.PROMPT, tiny.OTHER]
+    state = ours(pipe, sampler, guidance=guidance, prompts=prompts, noise="each")[1]
+    assert torch.equal(state.latents, tiny.latents(pipe, prompts, guidance_scale=guidance))
+
+
+@pytest.mark.parametrize("noise", ["shared", "each"])
+def test_a_saved_state_of_a_batch_goes_on_to_the_same_bits(pipe, noise):
+    batch = {"prompts": [tiny.PROMPT, tiny.OTHER], "noise": noise}
+    whole, half = (ours(pipe, "dpm", until=until, **batch)[1] for until in (None, 2))
+    assert torch.equal(ours(pipe, "dpm", start=half, **batch)[1].latents, whole.latents)
+
+
+def test_the_batch_of_a_step_is_both_halves_in_the_order_of_the_prompts(pipe):
+    loop = Loop(pipe, 4, seed=0)
+    text = loop.encode([tiny.PROMPT, tiny.OTHER])
+    both = Lockstep(loop, text, text, lambda t: 3.0)
+    assert both.branches(0) == [Branch(prompt=i, guided=half) for half in (False, True) for i in (0, 1)]
+    assert both.clip_forwards() == [4, 4, 4, 4]
+    alone = Lockstep(loop, text, None, lambda t: 1.0, shown=(Branch(1), Branch(1, copy=1)))
+    assert alone.branches(3) == [Branch(1), Branch(1, copy=1)]
+    assert alone.clip_forwards() == [2, 2, 2, 2]
+    for negative, shown in ((text[:1], ()), (text, (Branch(),))):
+        with pytest.raises(UsageError, match="as many negatives and branches as texts"):
+            Lockstep(loop, text, negative, lambda t: 3.0, shown=shown)
 
 
 def test_dynamic_guidance_as_the_stock_pipeline(pipe):
@@ -100,56 +136,3 @@ def test_the_noise_schedule_of_2b(pipe):
     alphas = Loop(pipe, 50, 0).scheduler.alphas_cumprod.double().sqrt()
     for timestep, value in {999: 0, 979: 0.005215, 959: 0.010913, 939: 0.017117, 19: 0.972920}.items():
         assert alphas[timestep].item() == pytest.approx(value, abs=2e-6)
-
-
-@pytest.mark.parametrize("tensors", ["k", "v", "kv", "q", "qk", "qkv"])
-def test_transfer_equals_an_independent_patch(pipe, tensors):
-    prompts = [tiny.PROMPT, tiny.OTHER]
-    where = probe.Where(steps=slice(1, 3), layers={0, 2})
-    edited = tiny.latents(probe.trace(pipe, control.Transfer(tensors, source=0, target=1, where=where)), prompts)
-    calls = JointCalls(3, tiny.TEXT + 48)
-
-    def shared(plain, q, k, v, **rest):
-        at = calls.next(q)
-        if at is not None and at[0] in (1, 2) and at[1] in (0, 2):
-            index = [0, 0, 2, 2]  # unconditional, conditional; the second prompt reads the first
-            q, k, v = (x[index] if name in tensors else x for name, x in zip("qkv", (q, k, v), strict=True))
-        return plain(q, k, v, **rest)
-
-    with patched_attention(shared):
-        expected = tiny.latents(pipe, prompts)
-    assert torch.equal(edited, expected)
-    plain = tiny.latents(pipe, prompts)
-    assert torch.equal(edited[0], plain[0])
-    assert not torch.equal(edited[1], plain[1])
-
-
-def test_transfer_of_some_heads(pipe):
-    prompts = [tiny.PROMPT, tiny.OTHER]
-    every = tiny.latents(probe.trace(pipe, control.Transfer("kv", 0, 1, probe.Where(heads={0, 1}))), prompts)
-    assert torch.equal(every, tiny.latents(probe.trace(pipe, control.Transfer("kv", 0, 1)), prompts))
-    one = tiny.latents(probe.trace(pipe, control.Transfer("kv", 0, 1, probe.Where(heads=1))), prompts)
-    assert not torch.equal(one, every)
-
-
-def test_transfer_from_itself_is_the_identity(pipe):
-    itself = control.Transfer("qkv", source=lambda branch: branch)
-    nobody = control.Transfer("kv", source=lambda branch: None)
-    assert torch.equal(tiny.latents(probe.trace(pipe, itself)), tiny.latents(pipe))
-    assert torch.equal(tiny.latents(probe.trace(pipe, nobody)), tiny.latents(pipe))
-
-
-def test_chained_transfers_do_not_depend_on_their_order(pipe):
-    prompts = [tiny.PROMPT, tiny.OTHER, "the cat sits on grass"]
-    here = probe.Where(steps=0, layers=0)
-    one, other = control.Transfer("kv", 0, 1, here), control.Transfer("kv", 1, 2, here)
-    first = tiny.latents(probe.trace(pipe, one, other), prompts)
-    assert torch.equal(first, tiny.latents(probe.trace(pipe, other, one), prompts))
-    assert torch.equal(first[2], tiny.latents(probe.trace(pipe, other), prompts)[2])
-
-
-def test_transfer_refuses(pipe):
-    with pytest.raises(UsageError, match="tensors among q, k, v"):
-        control.Transfer("kx", source=0)
-    with pytest.raises(PlanError, match="must be in the same attention call.*conditional prompt 0"):
-        tiny.latents(probe.trace(pipe, control.Transfer("kv", source=3, target=0)))

@@ -168,7 +168,7 @@ def test_several_videos_are_refused_before_a_folder_is_made(tmp_path, prompt, ca
 def test_two_branches_of_one_place_are_refused_in_one_sentence():
     frames = probe.FrameMass()
     for copy in range(2):
-        frames.values[probe.At(0, Branch(prompt=copy), 0)] = np.zeros((2, 3, 4), np.float32)
+        frames.values[probe.At(0, Branch(copy=copy), 0)] = np.zeros((2, 3, 4), np.float32)
     with pytest.raises(UsageError, match="A record must see one branch of a segment and role. Got conditional prompt"):
         Recorder(None, (), [frames]).write(0, {})  # type: ignore[arg-type]
 

@@ -41,7 +41,8 @@ from tests.recipes.line import TWO, refused, story
         (["run"], 2, "Missing argument"),
         (["run", "ditctrl", "--stesp", "5"], 2, "No such option"),
         (["run", "ditctrl", "--format", "xml"], 2, "'xml' is not one of"),
-        (["run", "record", "--set", "prompts=[a cat, a dog]"], 2, "must have one prompt without segments"),
+        (["run", "ditctrl", "--set", "show=[nobody]"], 2, "output.show.0 must name a prompt. Got 'nobody'"),
+        (["run", "ditctrl", "--set", "stpes=5"], 2, "Got stpes. Did you mean steps?"),
     ],
 )
 def test_a_wrong_request_gets_one_sentence(capsys, toy, tmp_path, arguments, code, sentence):
@@ -55,8 +56,9 @@ def test_a_wrong_request_gets_one_sentence(capsys, toy, tmp_path, arguments, cod
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("a: [1", "must be readable YAML"),
+        ("a: [1", "mine.yaml, line 1: a recipe must be readable YAML"),
         ("- 1", "must be a mapping"),
+        ("schema_version: 1\nname: x\nprompts: [a]\nedits:\n- op: bais", "mine.yaml, line 5: edits.0.op must name"),
         ("name: x\nprompts: [a]", "schema_version must be given"),
         ("schema_version: 2\nname: x\nprompts: [a]", "schema_version must be"),
         ("schema_version: 1\nname: x\nprompts: [a]\nrecord: {word: [a]}", "Got record.word. Did you mean words?"),

@@ -1,0 +1,201 @@
+"""Extend: further keys and values join the softmax, of another branch, pooled, or one that is always the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from control.address import Area, inside
+from control.bank import Given
+from control.edit import Edit
+from control.source import Ask, Constant, Itself, OfBranch, Peer, Source, source_of
+from probe import attend
+from probe.call import AttentionCall
+from probe.change import Added
+from probe.errors import LayoutError, PlanError, UsageError
+from probe.layout import TokenLayout
+from probe.region import Region, video
+from probe.site import Branch, Which
+from probe.word import Prompt
+
+_ALL = video() | ~video()
+"""All tokens that may be seen."""
+
+
+@dataclass(eq=False)
+class Extend(Edit):
+    """softmax over [L, L' + bias + log strength], L' = q k', with keys k' and values v' of the `columns` of a source:
+    the odds of the added columns are multiplied by exp(bias) and by the strength.
+
+    `source` is a prompt index, a function from a target's branch to its source's, or a Source (`Peer`, `Itself`,
+    `Stored`), which gives unedited tensors; a branch whose peer is itself is left alone. `target` is a prompt index, or
+    None for every branch `where` selects. It is the concatenation of keys in mutual self-attention and in shared
+    attention (ConsiStory, StyleAligned, there of a whole batch). Keys keep the position they were rotated to; padding
+    that a source may not see is left out.
+
+    - `Constant("zero")` adds one null key: its logit is `bias`, its value 0, a sink that takes mass and gives nothing.
+      `Constant("mean")` gives it the mean of the target's own values in `columns`, a tensor [D] or [H, D] that value.
+    - `pool=(1, 4, 4)` with `Itself()` averages video keys and values over cells of frames, rows and columns of the
+      grid, and adds one key for each: CLEAR's pooled keys (arXiv 2412.16112), beside a `Window`; there after a
+      fine-tuning. A cell takes its tokens in `columns`, and may be smaller at the edge of the grid. Keys are averaged
+      as they are rotated. A `bias` of log 16 gives a key the weight of 16 tokens.
+
+    `rows` see the added keys, all rows if None. Windows and biases do not hide them. Words in `columns` are those of
+    the source's prompt; the unconditional half shows none, and adds nothing. Several at a place compose.
+
+    Raises:
+        UsageError: a bias that is not a number, a pool with another shape or without video, a negative strength.
+        PlanError: (when served) the source is not there.
+        WordError: (when served) the prompt of the source lacks a word; lists the words of the prompt.
+    """
+
+    source: int | OfBranch | Source
+    target: int | None = None
+    columns: Area | None = field(default_factory=video, kw_only=True)
+    bias: float = field(default=0.0, kw_only=True)
+    pool: tuple[int, int, int] | None = field(default=None, kw_only=True)
+    touches = frozenset({"added"})
+    rank = 3
+    composes = True
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bias):
+            raise UsageError(f"The bias of added keys must be a number. Got {self.bias:g}. Leave the edit out instead.")
+        if self.pool is not None and (len(self.pool) != 3 or min(self.pool) < 1):
+            raise UsageError(
+                f"A pool must be (frames, rows, columns) of 1 or more. Got {self.pool}. CLEAR uses (1, 4, 4)."
+            )
+        self._from, self._prompts, self._aims = source_of(self.source), 0, self.where.branches
+        self._area = _ALL if self.columns is None else self.columns
+        if isinstance(self._from, Constant) and isinstance(self._from.value, Tensor) and self._from.value.dim() > 2:
+            raise UsageError(
+                "A constant key must have a value [D] or [H, D]. Got one for each token. Add a single key."
+            )
+        if self.target is not None:
+            mine, chosen = Which(prompt=self.target), self.where.branches
+            self._aims = mine if chosen is None else (lambda branch: mine(branch) and chosen(branch))
+        if self._aims is not None and self._from.early:  # sources in calls of their own are served too
+            self.where = replace(self.where, branches=lambda branch: self._is_target(branch) or self._may_give(branch))
+
+    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
+        """Forget the last run.
+
+        Raises:
+            PlanError: a source or target that is no prompt of the run.
+        """
+        super().begin(prompts, steps, layers)
+        self._prompts = len(prompts)
+        of = self._from.of if isinstance(self._from, Peer) else None
+        for prompt in (self.target, of):
+            if prompts and isinstance(prompt, int) and not 0 <= prompt < len(prompts):
+                raise PlanError(
+                    f"An Extend must name prompts of its run, 0 to {len(prompts) - 1}. Got {self}. Pass the prompts of "
+                    "source and target in one call."
+                )
+        self._from.begin()
+
+    def end(self) -> None:
+        """Let go of what the source kept."""
+        self._from.end()
+
+    def extent(self, call: AttentionCall, row: int) -> Tensor | None:
+        """bool [N]: the rows that see the added keys; none of a branch that is only a source."""
+        seen = inside(self.rows, call, row)
+        return seen if self._is_target(call.branches[row]) else torch.zeros_like(seen)
+
+    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
+        """Add keys to the targets of a call, and let the source keep what targets of later calls take."""
+        targets = tuple(row for row in rows if self._is_target(call.branches[row]))
+        if self.amount(call):
+            givers = tuple(row for row, branch in enumerate(call.branches) if self._may_give(branch))
+            self._from.watch(call, Ask("kv", self.heads(call)), givers, targets)
+        super().serve(call, targets)
+
+    def apply(self, call: AttentionCall, entry: int, amount: float) -> None:
+        """Add the keys and values of the source to one entry."""
+        if amount < 0:
+            raise UsageError(
+                f"The strength of added keys must be 0 or more. Got {amount:g} for {self}. 1 adds them once."
+            )
+        given, rows = self._from.given(call, entry, self._ask(call)), inside(self.rows, call, entry)
+        if given is None or self._is_itself(call, entry, given) or not rows.any():
+            return
+        k, v = self._added(call, given)
+        if k.shape[1]:
+            bias, seen = self.bias + math.log(amount), None if rows.all() else rows
+            call.change(Added(entry=entry, heads=self.heads(call), k=k, v=v, bias=bias, rows=seen))
+
+    def cost(self, layout: TokenLayout) -> float:
+        """The added keys."""
+        if isinstance(self._from, Constant):
+            return 1 / layout.total
+        if self.pool is not None:
+            return math.prod(-(-n // size) for n, size in zip(layout.grid.shape, self.pool, strict=True)) / layout.total
+        try:
+            return float(self._area.mask(layout).mean()) if isinstance(self._area, Region) else 1.0
+        except LayoutError:  # words are only known with the prompt
+            return layout.text / layout.total
+
+    def _added(self, call: AttentionCall, given: Given) -> tuple[Tensor, Tensor]:
+        """Keys and values [h, m, D]."""
+        k, v = (given.take(name, self.heads(call)) for name in "kv")
+        if isinstance(self._from, Constant):  # the same for every column
+            return torch.zeros_like(k[:, :1]), v[:, :1]
+        columns = _columns(self._area, call, given, isinstance(self._from, Peer | Itself))
+        if self.pool is None or not given.columns.video:
+            return k[:, columns], v[:, columns]
+        return _pooled(k, columns, given.columns, self.pool), _pooled(v, columns, given.columns, self.pool)
+
+    def _ask(self, call: AttentionCall) -> Ask:
+        return Ask("kv", self.heads(call), self._area)
+
+    def _is_itself(self, call: AttentionCall, entry: int, given: Given) -> bool:
+        return isinstance(self._from, Peer) and (given.site, given.branch) == (call.site, call.branches[entry])
+
+    def _is_target(self, branch: Branch) -> bool:
+        return self._aims is None or self._aims(branch)
+
+    def _may_give(self, branch: Branch) -> bool:
+        return self._from.may_give(branch, self._is_target, self._prompts)
+
+    def __str__(self) -> str:
+        pool = "" if self.pool is None else f" pooled by {'x'.join(map(str, self.pool))}"
+        target = "" if self.target is None else f" to prompt {self.target}"
+        return f"Extend({self.columns or 'all'} of {self._from}{pool}{target})"
+
+
+def _columns(area: Area, call: AttentionCall, given: Given, known: bool) -> Tensor:
+    """bool [M]: the columns of a source in an area, without those it may not see. `known`: its prompts are those of
+    the run.
+    """
+    if known and given.site == call.site and given.branch in call.branches:
+        return inside(area, call, call.branches.index(given.branch), "columns")
+    if not isinstance(area, Region):
+        raise UsageError(
+            f"Columns of a source in another call must be a region. Got {area}, which is found in the call at hand. "
+            "Generate source and target in one batch."
+        )
+    side, branch = given.columns, given.branch
+    side = side.with_text(side.text - (side.total - given.visible))
+    prompt = None if branch.guided else Prompt.blank(side.text)
+    if branch.guided and known and branch.nearest < len(call.prompts):
+        prompt = call.prompts[branch.nearest].first(side.text)
+    columns = torch.zeros(given.columns.total, dtype=torch.bool, device=call.q.device)
+    columns[: side.total] = torch.as_tensor(area.mask(side, prompt), device=call.q.device)
+    return columns
+
+
+def _pooled(x: Tensor, columns: Tensor, side: TokenLayout, pool: tuple[int, int, int]) -> Tensor:
+    """Means of [h, M, D] over the tokens in `columns` of each cell of the grid that has some, [h, m, D]."""
+    chosen = columns[side.video_slice].to(attend.exact_dtype(x.dtype))
+    values = torch.cat([x[:, side.video_slice] * chosen[:, None], chosen[:, None].expand(len(x), -1, 1)], -1)
+    size = [min(n, most) for n, most in zip(pool, side.grid.shape, strict=True)]
+    cells = F.avg_pool3d(values.mT.unflatten(-1, side.grid.shape), size, ceil_mode=True, count_include_pad=False)
+    cells = cells.flatten(2).mT
+    cells = cells[:, cells[0, :, -1] > 0]
+    return (cells[..., :-1] / cells[..., -1:]).to(x.dtype)

@@ -1,0 +1,252 @@
+"""Where a Transfer takes from: another branch of the step, the branch itself, a constant, or a bank."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from control.address import Area, inside
+from control.bank import Bank, Given, kept, own_of
+from probe import attend
+from probe.call import AttentionCall
+from probe.errors import PlanError, UsageError
+from probe.site import Branch, Site
+
+OfBranch = Callable[[Branch], Branch | None]
+"""From a target's branch to its source's branch; None leaves the target alone."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a target asks of its source: tensors (any of q, k, v, o), heads, and the rows it will change."""
+
+    names: str
+    heads: tuple[int, ...]
+    rows: Area | None = None
+
+
+class Source(ABC):
+    """Gives the unedited tensors of a branch: what an edit did to it in this call does not reach its takers. `early`:
+    it may also give those of earlier calls of the step.
+    """
+
+    early: bool = False
+
+    def begin(self) -> None:  # noqa: B027 (optional)
+        """Forget the last run."""
+
+    def end(self) -> None:  # noqa: B027 (optional)
+        """Let go of what was kept for the run."""
+
+    def may_give(self, branch: Branch, aims: Callable[[Branch], bool], prompts: int) -> bool:
+        """Whether targets that lie in later calls of the step could take from this branch; `aims` says which branches
+        are targets, in a run of `prompts` prompts (0: not known).
+        """
+        return False
+
+    def watch(self, call: AttentionCall, ask: Ask, givers: tuple[int, ...], targets: tuple[int, ...]) -> None:  # noqa: B027 (optional)
+        """See a call before its targets are served: `givers` are the batch entries that `may_give`."""
+
+    @abstractmethod
+    def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given | None:
+        """What the batch entry takes from; None leaves it alone.
+
+        Raises:
+            PlanError: the source is not there.
+        """
+
+
+@dataclass(eq=False)
+class Peer(Source):
+    """Another branch of the same layer and step: prompt `of` (the branch that equals the target but for its prompt), or
+    a function from the target's branch to it.
+
+    It may be served in the same call, or in an earlier call or turn of the step: Mochi attends to one batch entry at a
+    time, and Wan, FLUX and HunyuanVideo run the halves of guidance one after the other. There, tensors that no target
+    of their own call takes are kept until the step changes; with `keep` also the others (targets in several turns of a
+    step). A function needs `among`, which says what branches are kept; a prompt tells that itself.
+    """
+
+    of: int | OfBranch
+    among: Callable[[Branch], bool] | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        self.early = isinstance(self.of, int) or self.among is not None
+        self.begin()
+
+    def __str__(self) -> str:
+        return f"prompt {self.of}" if isinstance(self.of, int) else getattr(self.of, "__name__", "source")
+
+    def begin(self) -> None:
+        """Forget the last run."""
+        self._step, self._kept = -1, dict[tuple[int, str, Branch, Ask], Given]()
+
+    def end(self) -> None:
+        """Let go of the last step."""
+        self.begin()
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what is kept of the step."""
+        return sum(given.bytes for given in self._kept.values())
+
+    def branch_of(self, target: Branch) -> Branch | None:
+        """The source of a target."""
+        return replace(target, prompt=self.of) if isinstance(self.of, int) else self.of(target)
+
+    def may_give(self, branch: Branch, aims: Callable[[Branch], bool], prompts: int) -> bool:
+        """Whether it is the source of some target."""
+        if not isinstance(self.of, int):
+            return self.among is not None and self.among(branch)
+        others = (replace(branch, prompt=prompt) for prompt in range(prompts) if prompt != self.of)
+        return branch.prompt == self.of and (not prompts or any(aims(other) for other in others))
+
+    def watch(self, call: AttentionCall, ask: Ask, givers: tuple[int, ...], targets: tuple[int, ...]) -> None:
+        """Keep sources for later calls of the step."""
+        if call.site.step != self._step:
+            self._step, self._kept = call.site.step, {}
+        branches = [call.branches[target] for target in targets]
+        here = {self.branch_of(branch) for branch in branches if self.branch_of(branch) != branch}
+        for giver in givers:
+            branch = call.branches[giver]
+            place = (call.site.layer, call.site.kind, branch, ask)
+            known = place in self._kept and self._kept[place].site == call.site
+            if not known and (self.keep or branch not in here):
+                self._kept[place] = kept(own_of(call, giver, ask.names, ask.heads))
+
+    def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given | None:
+        """The source, of this call or of an earlier one of the step."""
+        source = self.branch_of(call.branches[entry])
+        if source is None:
+            return None
+        if source in call.branches:
+            return own_of(call, call.branches.index(source), ask.names, ask.heads)
+        found = self._kept.get((call.site.layer, call.site.kind, source, replace(ask, rows=None)))
+        if found is None:
+            raise PlanError(self._missing(call, call.branches[entry], source))
+        return found
+
+    def _missing(self, call: AttentionCall, target: Branch, source: Branch) -> str:
+        layer, kind = call.site.layer, call.site.kind
+        kept = [f"{one} at {given.site}" for (*at, one, _), given in self._kept.items() if at == [layer, kind]]
+        return (
+            "The source of a Transfer must be in the same attention call as its target, or in an earlier call of the "
+            f"step. Got {source} for {target} at {call.site}, which has: {'; '.join(map(str, call.branches))}; earlier "
+            f"calls gave: {'; '.join(kept) or 'none'}. Generate both in one run with the source first, or take it from "
+            "a Bank."
+        )
+
+
+@dataclass(eq=False)
+class Itself(Source):
+    """The target's own branch: with a mapping, its other rows."""
+
+    def __str__(self) -> str:
+        return "itself"
+
+    def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given:
+        """Its own unedited tensors."""
+        return own_of(call, entry, ask.names, ask.heads)
+
+
+@dataclass(eq=False)
+class Constant(Source):
+    """The same for every row: the "mean" over the rows that are changed (of q over the video: SEG, arXiv 2408.00760,
+    with infinite blur), "zero", or a tensor [D], [H, D] or [H, N, D] with H and N of the whole call.
+
+    Raises:
+        UsageError: another word, or (when served) a tensor of another shape.
+    """
+
+    value: Literal["mean", "zero"] | Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str) and self.value not in ("mean", "zero"):
+            raise UsageError(f"A constant must be 'mean', 'zero' or a tensor. Got {self.value!r}. Choose one of them.")
+
+    def __str__(self) -> str:
+        return self.value if isinstance(self.value, str) else f"tensor {tuple(self.value.shape)}"
+
+    def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given:
+        """The constant for every row, as views."""
+        own = own_of(call, entry, ask.names, ask.heads)
+        made = {name: self._like(own.take(name, ask.heads), name, call, entry, ask) for name in ask.names}
+        return replace(own, tensors=made)
+
+    def _like(self, own: Tensor, name: str, call: AttentionCall, entry: int, ask: Ask) -> Tensor:
+        if isinstance(self.value, Tensor):
+            return self._fit(own, call.q.shape[1], ask.heads)
+        if self.value == "zero":
+            return torch.zeros_like(own[:, :1]).expand_as(own)
+        rows = inside(ask.rows, call, entry, "columns" if name in "kv" else "rows").unsqueeze(-1)
+        exact = own.to(attend.exact_dtype(own.dtype))
+        mean = (exact * rows).sum(1, keepdim=True) / rows.sum().clamp_min(1)
+        return mean.to(own.dtype).expand_as(own)
+
+    def _fit(self, own: Tensor, heads: int, chosen: tuple[int, ...]) -> Tensor:
+        assert isinstance(self.value, Tensor)
+        shape, value = (heads, *own.shape[1:]), self.value.to(own.device, own.dtype)
+        if tuple(value.shape) not in (shape[2:], (shape[0], shape[2]), shape):
+            raise UsageError(
+                f"A constant must be of shape {list(shape[2:])}, {[shape[0], shape[2]]} or {list(shape)}. Got "
+                f"{list(value.shape)}. Give one vector per head, or one for all."
+            )
+        value = value.unsqueeze(1) if value.dim() == 2 else value
+        return value.expand(shape)[list(chosen)]
+
+
+@dataclass(eq=False)
+class Stored(Source):
+    """What a bank holds: of the same step, layer and branch, or of those that `step` (a number or a function of the
+    target's step), `layer` and `branch` (a prompt, or a function of the target's branch) say.
+
+    With a `Bank("qk", Where(steps=5))` in the same run, `Transfer("qk", Stored(bank, step=5))` from step 6 on gives a
+    head the map of step 5 (head freeze); to mix outputs rather than queries and keys, use it as the variant of a Fork.
+    """
+
+    bank: Bank
+    step: int | Callable[[int], int] | None = None
+    layer: int | None = None
+    branch: int | OfBranch | None = None
+
+    def __str__(self) -> str:
+        at = {"step": self.step, "layer": self.layer}
+        return ", ".join(["bank", *(f"{name} {value}" for name, value in at.items() if isinstance(value, int))])
+
+    def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given | None:
+        """What was kept, on the device of the call."""
+        branch = self._branch(call.branches[entry])
+        if branch is None:
+            return None
+        step, layer = self._step(call.site.step), call.site.layer if self.layer is None else self.layer
+        found = self.bank.find(step, layer, call.site.kind, branch, call.site.turn)
+        if found is None:
+            there = Site(step, call.site.turn, layer, kind=call.site.kind)
+            raise PlanError(
+                f"A bank must hold a call before it is taken from. Got {call.branches[entry]} at {call.site}, which "
+                f"takes from {branch} at {there}: {self.bank} holds {len(self.bank)} others. Let the where of the bank "
+                "select that call, in an earlier run or step."
+            )
+        like = {"device": call.q.device, "dtype": call.q.dtype}
+        return replace(found, tensors={name: x.to(**like) for name, x in found.tensors.items() if name in ask.names})
+
+    def _branch(self, target: Branch) -> Branch | None:
+        if self.branch is None:
+            return target
+        return replace(target, prompt=self.branch) if isinstance(self.branch, int) else self.branch(target)
+
+    def _step(self, step: int) -> int:
+        if self.step is None:
+            return step
+        return self.step if isinstance(self.step, int) else self.step(step)
+
+
+def source_of(given: int | OfBranch | Source) -> Source:
+    """A source as it is given to an edit: a prompt and a function of a branch are peers."""
+    return given if isinstance(given, Source) else Peer(given)

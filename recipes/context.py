@@ -1,0 +1,143 @@
+"""What the builders of edits know of a run, and how they look up what a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from control.address import Area
+from control.extract import ExtractMask
+from control.sink import Sinks
+from ditctrl.segment import Segments
+from ditctrl.sharing import Window
+from probe import region
+from probe.errors import UsageError
+from probe.layout import TokenLayout
+from probe.plan import Handler
+from probe.region import Region
+from probe.site import Where
+from recipes import area as spec
+from recipes.build_area import PLAIN, Branches, cells, extracted, from_file, joined, on_video, strength_of
+from recipes.operator import Operation
+from recipes.recipe import Recipe
+from recipes.span import Only, Span, chosen
+
+
+@dataclass(frozen=True)
+class Context:
+    """The recipe, the model and the number of steps. `place` is where in the recipe a builder is, for errors; `role`
+    the perturbed pass it is for, None outside of guides. `extra` takes further handlers that edits need, each once:
+    masks and banks.
+    """
+
+    recipe: Recipe
+    steps: int
+    layers: int
+    heads: int
+    layout: TokenLayout
+    rope: bool
+    segments: Segments | None = None
+    window: Window | None = None
+    place: str = "edits"
+    role: str | None = None
+    extra: list[Handler] = field(default_factory=list)
+    masks: dict[str, Area] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[Context]:
+        """The same for one part of the recipe; what goes wrong there is said to go wrong there.
+
+        Raises:
+            UsageError: of the same class, with the place in front.
+        """
+        try:
+            yield replace(self, place=place)
+        except UsageError as error:
+            said = str(error)
+            named = said.startswith((place.split()[0], "masks."))
+            raise error if named else type(error)(f"{place}: {said}") from error
+
+    def prompt(self, name: str) -> int:
+        """The number of a prompt."""
+        return self.recipe.prompt_index(name)
+
+    def span(self, span: Span, count: int, what: str) -> tuple[int, ...] | None:
+        """The numbers a span selects; None for all."""
+        return None if span is None else chosen(span, count, f"{self.place.split()[0]}.{what}", what)
+
+    def where(self, edit: Operation) -> Where:
+        """The calls, heads and branches of an edit."""
+        asked = None if edit.prompts is None else tuple(sorted(self.prompt(name) for name in edit.prompts))
+        guided = {"both": None, "conditional": True, "unconditional": False}[edit.guidance]
+        branches = Branches(asked, guided, self.role)
+        layers, heads = edit.layers, edit.heads
+        if edit.places is not None:
+            layers, heads = (Only(only=sorted(set(some))) for some in zip(*edit.places, strict=True))
+        return Where(
+            steps=self.span(edit.steps, self.steps, "steps"),
+            layers=self.span(layers, self.layers, "layers"),
+            heads=self.span(heads, self.heads, "heads"),
+            branches=None if branches == Branches() else branches,
+            kinds=None if edit.kinds is None else frozenset(edit.kinds),
+        )
+
+    def address(self, edit: Operation) -> dict[str, Any]:
+        """`strength` and `where` of an edit, and `rows` if it names some."""
+        rows = {} if edit.rows is None else {"rows": self.area(edit.rows)}
+        return {**rows, "strength": strength_of(edit.strength), "where": self.where(edit)}
+
+    def area(self, area: spec.Area | None) -> Area | None:
+        """An area; None stays.
+
+        Raises:
+            UsageError: frames or patches that the grid does not have, or a mask of another size.
+        """
+        if area is None:
+            return None
+        if isinstance(area, str):
+            return PLAIN[area]() if area in PLAIN else self.mask(area)
+        if isinstance(area, spec.Words):
+            return region.words(*area.phrases)
+        if isinstance(area, spec.Sinks):
+            return Sinks(area.sinks.threshold, area.sinks.tokens)
+        if isinstance(area, spec.Not):
+            return self._rest(area.area)
+        if isinstance(area, spec.All):
+            return joined(self.areas(area.all), every=True)
+        if isinstance(area, spec.AnyOf):
+            return joined(self.areas(area.any), every=False)
+        return cells(area, self.layout.grid)
+
+    def areas(self, areas: Sequence[spec.Area]) -> list[Area]:
+        """Several areas."""
+        return [made for area in areas if (made := self.area(area)) is not None]
+
+    def mask(self, name: str) -> Area:
+        """A named mask; one that is found while the model runs is one handler, whoever uses it."""
+        if name not in self.masks:
+            with self.at(f"masks.{name}") as here:
+                self.masks[name] = made = here.made(self.recipe.masks[name])
+            if isinstance(made, ExtractMask):
+                self.extra.append(made)
+        return self.masks[name]
+
+    def made(self, mask: spec.Mask) -> Area:
+        """The area of a mask. With segments or windows a word mask is each branch's own, else that of one prompt."""
+        if isinstance(mask, spec.FileMask):
+            return from_file(mask, self.layout.grid)
+        if not isinstance(mask, spec.WordMask):
+            return cells(mask, self.layout.grid)
+        own = self.segments is not None or self.recipe.windows is not None
+        if own and mask.prompt is not None:
+            raise UsageError(f"A mask of segments must be each segment's own. Got prompt {mask.prompt}. Leave it out.")
+        source = None if own else 0 if mask.prompt is None else self.prompt(mask.prompt)
+        steps, layers = self.span(mask.steps, self.steps, "steps"), self.span(mask.layers, self.layers, "layers")
+        return extracted(mask, source, Where(steps=steps, layers=layers))
+
+    def _rest(self, area: spec.Area) -> Area:
+        """The video outside of an area of the video, the tokens outside of any other."""
+        inner = self.area(area)
+        assert inner is not None
+        return region.video() & ~inner if isinstance(inner, Region) and on_video(area) else ~inner

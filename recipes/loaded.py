@@ -1,0 +1,132 @@
+"""A recipe with its loaded model: everything between its numbers and a run. Nothing is written here."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from control.adapter import Loop
+from control.denoise import Lockstep, Prediction, State, denoise
+from control.noise import renew
+from control.windows import Windows
+from ditctrl.method import MultiPrompt
+from probe.clock import Clock
+from probe.errors import MmditError
+from probe.provenance import provenance
+from probe.readout.base import Readout
+from probe.show import MAIN, Clip
+from probe.tracer import Traced, trace
+from probe.word import Prompt
+from recipes.catalogue import readouts
+from recipes.job import Job
+from recipes.program import Program
+from recipes.told import told
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A job with its program, its loaded pipeline and its readouts."""
+
+    job: Job
+    made: Program
+    loop: Loop
+    traced: Traced
+    readouts: tuple[Readout, ...]
+    prompts: tuple[Prompt, ...]
+    text: torch.Tensor
+    info: dict[str, Any]
+    began: float
+
+    def start(self) -> State:
+        """Pure noise; the stock loop keeps latents in the text's dtype, DiTCtrl in float32."""
+        dtype = torch.float32 if self.job.segments else self.text.dtype
+        return State.start(self.loop, 1 if self.job.joined else len(self.text), self.job.frames, dtype)
+
+    def predict(self, clock: Clock) -> Prediction:
+        """The recipe's prediction of a step."""
+        job, text = self.job, self.text
+        zeros = job.recipe.sampler.negative == "zeros"
+        negative = torch.zeros_like(text[:1]) if zeros else self.loop.encode([""])
+        if job.segments is not None:
+            return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock)
+        cut = job.cut
+        text = text if cut is None else text[list(cut.prompts)]
+        halves = negative.expand_as(text) if job.guidance > 1 else None
+        clips = Lockstep(self.loop, text, halves, job.scale, clock, self.made.guides, cut.shown if cut else ())
+        return clips if cut is None else Windows(clips, cut.starts, cut.length, cut.weights)
+
+    def drive(self, clock: Clock, state: State, on_step: Callable[[State], None]) -> State:
+        """The loop from a state to the last step, repeated where the recipe says so."""
+        predict, again, noise = self.predict(clock), self.made.again, state
+
+        def denoised(start: State) -> State:
+            return denoise(self.loop, predict, start, on_step, self.made.latents, self.prompts)
+
+        state = denoised(state)
+        for _ in range(again.times if again else 0):
+            assert again is not None
+            state = denoised(renew(self.loop, noise, state, again.low_pass, again.step))
+        return state
+
+    def clips(self, state: State) -> list[Clip]:
+        """The videos, decoded one by one."""
+        recipe = self.job.recipe
+        if self.job.joined:
+            return [Clip(MAIN, ", then ".join(recipe.texts), self.loop.decode(state.latents)[0])]
+        named = zip(recipe.prompt_names, recipe.texts, state.latents.split(1), strict=True)
+        return [Clip(name, text, self.loop.decode(latents)[0]) for name, text, latents in named]
+
+
+def opened(job: Job, made: Program, load: Callable[[], Any]) -> Loaded:
+    """A job on the pipeline that `load` gives; its plan is made, so that what cannot work is refused now.
+
+    Raises:
+        MmditError: the model cannot be loaded, an edit does not fit it, or it does not fit into memory.
+    """
+    began, sampler, texts = time.perf_counter(), job.recipe.sampler, job.recipe.texts
+    with out_of_memory():
+        pipe = load()
+    loop = Loop(pipe, job.steps, sampler.seed, sampler.scheduler, sampler.noise)
+    looks = readouts(job)
+    traced = trace(loop.pipe, *made.handlers, *looks)
+    prompts = traced.tokenize(texts)
+    traced.plan(job.steps, prompts)  # refuses what cannot work before a folder is made
+    return Loaded(job, made, loop, traced, looks, prompts, loop.encode(texts), _info(job, loop), began)
+
+
+def _info(job: Job, loop: Loop) -> dict[str, Any]:
+    """What run.json says of the run, and what a resumed one must find again."""
+    scheduler = loop.scheduler
+    return {
+        **provenance(loop.pipe),
+        **told(job),
+        **job.resolved(),
+        "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
+    }
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[None]:
+    """One sentence where the memory of the GPU is too small."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MmditError(
+            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Try --offload, or fewer "
+            "prompts or transition segments."
+        ) from error
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    kinds = (str, int, float, bool, type(None))
+    return {
+        k: v
+        for k, v in config.items()
+        if isinstance(v, kinds) and not k.startswith("_") and not isinstance(v, np.generic)
+    }

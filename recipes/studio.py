@@ -1,0 +1,82 @@
+"""Clips of a recipe in memory, over and over with one loaded model: what studies are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from control.extract import ExtractMask
+from probe.errors import UsageError
+from probe.models.load import load
+from recipes import parse
+from recipes.catalogue import interventions
+from recipes.effect import Made
+from recipes.job import prepare
+from recipes.loaded import Loaded, opened
+from recipes.recipe import Recipe
+
+
+class Studio:
+    """Makes the clips of one recipe under changing overrides and seeds; every model is loaded once."""
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+        self._pipes: dict[str, Any] = {}
+        self._made: dict[str, Made] = {}
+
+    def __call__(self, overrides: Mapping[str, Any], seed: int) -> Made:
+        """What the recipe makes from a seed; `overrides` as `--set` takes them, with values for texts. Asked again, it
+        is not made again.
+
+        Raises:
+            MmditError: a recipe that cannot run, or a model without a denoising loop of our own.
+        """
+        recipe = parse.load(self.recipe, [*_settings(overrides), f"sampler.seed={seed}"])
+        key = parse.dump(recipe)
+        if key not in self._made:
+            self._made[key] = self._make(recipe)
+        return self._made[key]
+
+    def _make(self, recipe: Recipe) -> Made:
+        job = prepare(recipe)
+        if job.size.clip is None:
+            raise UsageError(
+                f"A study must run on a model with a denoising loop of our own, CogVideoX. Got {job.size.family.name}."
+            )
+        loaded = opened(job, interventions(job), lambda: self._pipe(recipe.model))
+        start = loaded.start()
+        state = loaded.traced.run(lambda clock: loaded.drive(clock, start, lambda _: None), recipe.texts)
+        clips = {clip.name: clip.frames for clip in loaded.clips(state)}
+        return Made(clips, dict(zip(recipe.prompt_names, recipe.texts, strict=True)), _masks(loaded), _numbers(loaded))
+
+    def _pipe(self, model: str) -> Any:
+        if model not in self._pipes:
+            self._pipes[model] = load(model)
+        return self._pipes[model]
+
+
+def _settings(overrides: Mapping[str, Any]) -> list[str]:
+    """As `--set` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def _masks(loaded: Loaded) -> dict[str, Any]:
+    """The word masks of a run by name, as they were at its end."""
+    named = {name: mask for name, mask in loaded.made.masks.items() if isinstance(mask, ExtractMask)}
+    prompt = {name: mask.source if isinstance(mask.source, int) else 0 for name, mask in named.items()}
+    found = {name: mask.mask(prompt[name]) for name, mask in named.items()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def _numbers(loaded: Loaded) -> dict[str, float]:
+    """Means of the readouts' numbers over the whole run, by name; the last prompt's where there are several."""
+    told: dict[str, list[float]] = {}
+    for readout in loaded.readouts:
+        for at, value in readout.values.items():
+            if at.branch.prompt == len(loaded.prompts) - 1:
+                for name, numbers in readout.metrics(value).items():
+                    told.setdefault(name, []).append(float(np.mean(numbers)))
+    return {name: float(np.mean(values)) for name, values in told.items()}

@@ -1,0 +1,226 @@
+"""Studies: whether a recipe does what it says, over many seeds, beside the empty recipe and the same edit in a wrong
+place. Results are stored as JSON; the table in the README is made of them. No torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+from scipy.stats import bootstrap
+
+from probe.errors import UsageError
+from recipes import effect
+from recipes.include import text_of
+from recipes.parse_error import error_of
+from recipes.parse_tree import Origin, read
+from recipes.part import Part
+
+STUDIES = Path(__file__).parent / "studies"
+"""The studies that come with the recipes."""
+
+RESULTS = Path(__file__).parents[1] / "data" / "studies"
+"""What they found on the miniature, in a clone."""
+
+CONFIDENCE = 0.95
+
+
+class Measure(Part):
+    """A number of `recipes.effect`, its arguments, and which way the recipe should move it."""
+
+    name: str = Field(description="a function of recipes.effect")
+    want: Literal["higher", "lower"] = Field(description="which way the recipe moves it, against every other arm")
+    unit: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Study(Part):
+    """What to run and what to look at. `arms` are overrides of the recipe (as `--set` takes them) beside the recipe
+    itself; `empty` and `wrong` must be among them where a claim is made. `scan` runs the recipe once per layer or head
+    instead, with that number as a variable of the recipe.
+    """
+
+    recipe: str
+    claim: str = Field(description="what the recipe is said to do, in one sentence")
+    substitute: str = Field(default="", description="which published score a measure stands in for")
+    measures: list[Measure] = Field(min_length=1)
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    scan: dict[str, Literal["layers", "heads"]] = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default_factory=dict, description="overrides for every arm, such as sampler.steps")
+
+    @model_validator(mode="after")
+    def _has_controls(self) -> Study:
+        if not self.scan and not {"empty", "wrong"} <= set(self.arms):
+            raise ValueError(f"must have the arms empty and wrong. Got {', '.join(self.arms) or 'none'}")
+        return self
+
+
+def names() -> tuple[str, ...]:
+    """The studies by name."""
+    return tuple(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+
+
+def load(name: str) -> Study:
+    """A study by its name or file.
+
+    Raises:
+        UsageError: no such study.
+        RecipeError: its file is not a study.
+    """
+    path = STUDIES / f"{name}.yaml" if name in names() else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names()) or 'none'}."
+        raise UsageError(f"A study must be a name or a YAML file. Got {name}. {hint}")
+    tree = read(text_of(path), Origin(path.name, path.parent))
+    try:
+        return Study.model_validate(tree.plain)
+    except ValidationError as error:
+        raise error_of(error, tree) from error
+
+
+def arms_of(study: Study, counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The overrides of every arm: the recipe and its controls, or one arm per value of a scan; `counts` are the layers
+    and heads of the model.
+    """
+    if not study.scan:
+        return {"recipe": {}, **study.arms}
+    spans = [[(variable, value) for value in range(counts[over])] for variable, over in study.scan.items()]
+    scanned = {
+        " ".join(f"{variable} {value}" for variable, value in pick): {f"variables.{k}": v for k, v in pick}
+        for pick in product(*spans)
+    }
+    return {**study.arms, **scanned}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % bootstrap interval over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    def excludes_zero(self, want: str) -> bool:
+        """Whether the whole interval lies on the wanted side of 0."""
+        return self.low > 0 if want == "higher" else self.high < 0
+
+    def facts(self) -> dict[str, float]:
+        """As JSON keeps it."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and percentile bootstrap interval (10,000 resamples, seed 0); a constant gives an interval of no width.
+
+    Raises:
+        UsageError: fewer than two values, or one that is not finite.
+    """
+    given = np.asarray(values, float)
+    if len(given) < 2 or not np.isfinite(given).all():
+        raise UsageError(
+            f"An interval must have two finite values or more. Got {values}. Run more seeds, or another measure."
+        )
+    if np.ptp(given) == 0:
+        return Interval(float(given[0]), float(given[0]), float(given[0]))
+    made = bootstrap((given,), np.mean, confidence_level=CONFIDENCE, method="percentile", n_resamples=9999, rng=0)
+    return Interval(float(given.mean()), float(made.confidence_interval.low), float(made.confidence_interval.high))
+
+
+Make = Callable[[Mapping[str, Any], int], effect.Made]
+"""(overrides of the recipe, seed) -> what it made."""
+
+
+def carry_out(study: Study, seeds: Sequence[int], make: Make, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Measure every arm at every seed; `arms` holds the recipe itself as "recipe" and all others.
+
+    Returns what is stored: values [seeds] by arm and measure, their intervals, and for each other arm the interval of
+    the paired difference recipe - arm.
+    """
+    values: dict[str, dict[str, list[float]]] = {arm: {m.name: [] for m in study.measures} for arm in arms}
+    for seed in seeds:
+        for arm, overrides in arms.items():
+            made = make({**study.set, **overrides}, seed)
+            for measure in study.measures:
+                values[arm][measure.name].append(effect.measured(made, measure.name, measure.arguments))
+    return {
+        "recipe": study.recipe,
+        "claim": study.claim,
+        "substitute": study.substitute,
+        "seeds": list(seeds),
+        "confidence": CONFIDENCE,
+        "measures": [_told(measure, values) for measure in study.measures],
+    }
+
+
+def _told(measure: Measure, values: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    arms = {arm: {**interval(of[measure.name]).facts(), "values": of[measure.name]} for arm, of in values.items()}
+    against = {}
+    for arm in values:
+        if "recipe" in values and arm != "recipe":
+            pairs = zip(values["recipe"][measure.name], values[arm][measure.name], strict=True)
+            difference = interval([a - b for a, b in pairs])
+            against[arm] = {**difference.facts(), "excludes zero": difference.excludes_zero(measure.want)}
+    return {**measure.model_dump(), "arms": arms, "difference to": against}
+
+
+def shown(result: Mapping[str, Any]) -> bool:
+    """Whether every measure beats every other arm beyond chance."""
+    return all(arm["excludes zero"] for measure in result["measures"] for arm in measure["difference to"].values())
+
+
+def write(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
+    """Store a result as folder/name.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def stored(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder by name.
+
+    Raises:
+        UsageError: one of them is no JSON.
+    """
+    try:
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    except json.JSONDecodeError as error:
+        raise UsageError(f"A stored study must be JSON. Got {folder}: {error}. Run the study again.") from error
+
+
+def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One line per study and measure, for tables."""
+    return [
+        {
+            "study": name,
+            "measure": f"{measure['name']}{_with(measure)}",
+            **_cells(measure),
+            "seeds": str(len(result["seeds"])),
+        }
+        for name, result in results.items()
+        for measure in result["measures"]
+    ]
+
+
+def _with(measure: Mapping[str, Any]) -> str:
+    return f" ({measure['unit']})" if measure["unit"] else ""
+
+
+def _cells(measure: Mapping[str, Any]) -> dict[str, str]:
+    arms = measure["arms"]
+    chosen = {name: arms[name] for name in ("recipe", "empty", "wrong") if name in arms}
+    return {name: f"{arm['mean']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]" for name, arm in chosen.items()}
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """What a stored result says, in one word."""
+    claimed = any(measure["difference to"] for measure in result["measures"])
+    return ("shown" if shown(result) else "not shown") if claimed else "measured"

@@ -1,0 +1,40 @@
+"""What the files of a run say of the recipe they were made from."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+from probe.show import Show
+from recipes import parse
+from recipes.job import Job
+
+
+def told(job: Job) -> dict[str, Any]:
+    """For run.json: the whole recipe as it ran, its fingerprint, and what readers look for."""
+    recipe, text = job.recipe, parse.dump(job.recipe)
+    several = {"names": list(recipe.prompt_names), "shown": list(_shown(job))} if _several(job) else {}
+    return {
+        "recipe": sha256(text.encode()).hexdigest()[:16],
+        "recipe_text": text,
+        "prompts": list(recipe.texts),
+        **several,
+        "seed": recipe.sampler.seed,
+        "fps": recipe.output.fps,
+    }
+
+
+def show(job: Job) -> Show:
+    """For the videos: the recipe lies in every one of them."""
+    recipe, several = job.recipe, _several(job)
+    title = recipe.name if several else ", then ".join(recipe.texts)
+    return Show(recipe.output.fps, _shown(job) if several else (), title, parse.dump(recipe))
+
+
+def _several(job: Job) -> bool:
+    """Whether each prompt has a video of its own."""
+    return not job.joined and len(job.recipe.texts) > 1
+
+
+def _shown(job: Job) -> tuple[str, ...]:
+    return tuple(job.recipe.prompt_names[number] for number in job.recipe.shown)

@@ -1,0 +1,85 @@
+"""Studies: intervals, paired differences, and a verdict that can come out either way."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from probe.errors import UsageError
+from recipes import study
+from recipes.effect import Made
+from recipes.study import Study
+
+MEASURE = {"name": "number", "want": "higher", "arguments": {"name": "score"}}
+ARMS = {"recipe": {"gain": 1.0}, "empty": {"gain": 0.0}, "wrong": {"gain": 0.2}}
+
+
+def planted(effect: float, noise: float, want: str = "higher") -> dict:
+    """A study of a maker whose score is `effect` x gain plus noise of the seed."""
+    plan = Study(
+        recipe="x",
+        claim="it lifts the score",
+        measures=[{**MEASURE, "want": want}],
+        arms={name: ARMS[name] for name in ("empty", "wrong")},
+    )
+
+    def make(overrides, seed):
+        rng = np.random.default_rng([seed, round(10 * overrides["gain"])])
+        return Made({}, {}, numbers={"score": effect * overrides["gain"] + noise * rng.normal()})
+
+    return study.carry_out(plan, range(20), make, ARMS)
+
+
+def test_a_planted_effect_is_found_and_none_is_not():
+    assert study.shown(planted(1.0, 0.1))
+    assert not study.shown(planted(0.0, 0.1))
+    assert not study.shown(planted(1.0, 10.0))
+    assert not study.shown(planted(-1.0, 0.1))
+    assert study.shown(planted(-1.0, 0.1, "lower"))
+
+
+def test_differences_are_paired_by_seed():
+    """A spread between seeds that is far larger than the effect does not hide it."""
+    plan = Study(recipe="x", claim="c", measures=[MEASURE], arms={"empty": {}, "wrong": {}})
+    offsets = np.random.default_rng(0).normal(0, 100, 20)
+
+    def make(overrides, seed):
+        return Made({}, {}, numbers={"score": offsets[seed] + overrides["gain"]})
+
+    result = study.carry_out(plan, range(20), make, ARMS)
+    assert result["measures"][0]["difference to"]["empty"]["mean"] == pytest.approx(1)
+    assert study.shown(result)
+
+
+def test_the_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    held = [study.interval(rng.normal(3, 1, 20)) for _ in range(200)]
+    assert 0.88 < np.mean([one.low <= 3 <= one.high for one in held]) <= 0.99
+
+
+def test_a_constant_has_an_interval_of_no_width_and_nonsense_is_refused():
+    assert study.interval([2.0, 2.0, 2.0]) == study.Interval(2.0, 2.0, 2.0)
+    for bad in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(UsageError, match="two finite values"):
+            study.interval(bad)
+
+
+def test_a_claim_needs_its_controls():
+    with pytest.raises(ValidationError, match="arms empty and wrong"):
+        Study(recipe="x", claim="c", measures=[MEASURE], arms={"empty": {}})
+    assert Study(recipe="x", claim="c", measures=[MEASURE], scan={"layer": "layers"}).arms == {}
+
+
+def test_results_are_stored_and_read_back(tmp_path):
+    result = planted(1.0, 0.1)
+    study.write(tmp_path, "x", result)
+    assert study.stored(tmp_path)["x"] == json.loads(json.dumps(result))
+    (row,) = study.rows(study.stored(tmp_path))
+    assert row["study"] == "x" and row["measure"] == "number" and row["seeds"] == "20"
+    assert row["recipe"].startswith("1.0") or row["recipe"].startswith("0.9")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UsageError, match="must be JSON"):
+        study.stored(tmp_path)
