@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from control.adapter import Loop
     from control.address import Area, Found, Gate
     from control.bank import Bank
+    from control.best_band import BestBand
     from control.bias import Bias, BiasFunction, BiasTable
     from control.closed_form import Fixed, Identity, MeanOf, Sharpest, Uniform, Within
+    from control.concept import ConceptMask
     from control.denoise import Lockstep, State
     from control.edit import Edit
     from control.extend import Extend
@@ -57,11 +59,13 @@ __all__ = [
     "Area",
     "Band",
     "Bank",
+    "BestBand",
     "Bias",
     "BiasFunction",
     "BiasTable",
     "Blend",
     "BlurQuery",
+    "ConceptMask",
     "Constant",
     "Edit",
     "Edited",
@@ -129,8 +133,10 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "adapter": ["Loop"],
         "address": ["Area", "Found", "Gate"],
         "bank": ["Bank"],
+        "best_band": ["BestBand"],
         "bias": ["Bias", "BiasFunction", "BiasTable"],
         "closed_form": ["Fixed", "Identity", "MeanOf", "Sharpest", "Uniform", "Within"],
+        "concept": ["ConceptMask"],
         "denoise": ["Lockstep", "State"],
         "edit": ["Edit"],
         "extend": ["Extend"],

@@ -69,14 +69,11 @@ def own_of(call: AttentionCall, entry: int, names: str, heads: tuple[int, ...]) 
     Raises:
         PlanError: the output is asked for before.
     """
-    if "o" in names and call.out is None:
+    if "o" in names and "out" not in call.own:
         raise PlanError(
             f"An output can be read once the attention ran. Got o asked for before, at {call.site}. Take o in a "
             "Transfer of o, or features of q, k or v."
         )
-    if "o" in names and "out" not in call.own:
-        assert call.out is not None
-        call.own["out"] = call.out.clone()
     index = index_of(heads, call.q.device)
     tensors = {name: call.own[NAMES[name]][entry, index] for name in names}
     visible = call.columns.total if call.visible is None else call.visible[entry]

@@ -151,6 +151,10 @@ class Extend(Edit):
             return k[:, columns], v[:, columns]
         return _pooled(k, columns, given.columns, self.pool), _pooled(v, columns, given.columns, self.pool)
 
+    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
+        """Whether there is a target among the entries, not only sources of later ones."""
+        return any(self._is_target(call.branches[row]) for row in rows)
+
     def _ask(self, call: AttentionCall) -> Ask:
         return Ask("kv", self.heads(call), self._area)
 

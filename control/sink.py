@@ -58,4 +58,5 @@ class Sinks(Found):
         return found & (on_video if self.tokens == "video" else ~on_video)
 
     def __str__(self) -> str:
-        return f"sinks({self.tokens}, over {self.threshold:g} times uniform)"
+        heads = "" if self.heads is None else f" in heads {self.heads}"
+        return f"sinks({self.tokens}, over {self.threshold:g} times uniform{heads})"

@@ -142,6 +142,10 @@ class Transfer(Edit):
                 theirs = torch.lerp(tensor[entry, index], theirs, amount)
             tensor[entry, index] = theirs
 
+    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
+        """Whether there is a target among the entries, not only sources of later ones."""
+        return any(self._is_target(call.branches[row]) for row in rows)
+
     def _sources(self) -> tuple[tuple[Source, str], ...]:
         """All sources and the tensors needed of each, its own first."""
         if not isinstance(self.mapping, Match):

@@ -82,7 +82,7 @@ class Edited(Variant):
         """The attention of the edited copy, None if no edit changed it."""
         copy = shadow(call)
         if self.fresh:
-            copy.rebind(**copy.own)
+            copy.rebind(**{name: copy.own[name] for name in "qkv"})
             copy.changes = []
         for edit in self.edits:
             here = edit.where.at(call.site, self.steps, self.layers) and entry in edit.where.rows(call.branches)

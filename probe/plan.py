@@ -60,6 +60,10 @@ class Handler(ABC):
         """The tokens of a batch entry an edit changes, bool [N]; None for all."""
         return None
 
+    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
+        """Whether being served here counts: a handler may also be served where it only looks for a source."""
+        return True
+
     def cost(self, layout: TokenLayout) -> float:
         """Predicted extra work per matched call, as a share of the plain attention of the rows concerned."""
         return 0.0

@@ -32,7 +32,7 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
 
 def after_attention(call: AttentionCall, plan: Plan, out: Tensor) -> Tensor:
     """Stages 4 and 5; returns what the model goes on with, `out` itself if nothing merged."""
-    call.out = call.over(out) if call.out is None else out
+    call.out = call.own["out"] = call.over(out) if call.out is None else out
     handlers = plan.at(call.site)
     _serve(call, plan, [h for h in handlers if h.stage == Stage.USED])
     merges = [h for h in handlers if h.stage == Stage.MERGE]
@@ -50,7 +50,8 @@ def _serve(call: AttentionCall, plan: Plan, handlers: list[Handler]) -> None:
             rows = handler.where.rows(call.branches)
             if rows:
                 handler.serve(call, rows)
-                plan.served(handler)
+                if handler.met(call, rows):
+                    plan.served(handler)
 
 
 def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:

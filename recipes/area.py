@@ -61,6 +61,7 @@ class SinkRule(Part):
         default=10.0, description="lift from which a token is a sink; 1 is an even share"
     )
     tokens: Literal["video", "text", "all"] = Field(default="video", description="among which tokens")
+    heads: Span = Field(default=None, description="heads whose mean attention is looked at; null: all")
 
 
 class Sinks(Part):
@@ -140,6 +141,11 @@ class WordMask(_Phrases):
     rivals: list[Text] = Field(
         default_factory=list, description="other words of the prompt; inside is where they are weaker"
     )
+    outputs_of: PromptName | None = Field(
+        default=None,
+        description="name of the prompt in whose video the words and rivals are found by attention outputs "
+        "(ConceptAttention); null: by attention maps of their own",
+    )
 
     @model_validator(mode="after")
     def _one_cut(self) -> WordMask:
@@ -147,6 +153,8 @@ class WordMask(_Phrases):
             raise ValueError("must have either threshold or top")
         if self.probabilities not in ("joint", {"vt": "text", "tv": "video"}.get(self.direction)):
             raise ValueError("must have joint probabilities, or text with direction vt, or video with direction tv")
+        if self.outputs_of is not None and (self.propagate or self.direction != "vt" or not self.rivals):
+            raise ValueError("must have rivals, and neither direction nor propagate, with outputs_of")
         return self
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from control.best_band import BestBand
 from control.bias import Bias, BiasTable
 from control.closed_form import Identity, Sharpest, Uniform
 from control.edit import Edit
@@ -45,6 +46,8 @@ def build(edit: spec.Operation, context: Context) -> list[Handler]:
         UsageError: it does not fit the model or the run; RecipeError: its package cannot be loaded.
     """
     make = BUILDERS[edit.op] if edit.op in BUILDERS else registry.operator(edit.op).build
+    if edit.places is not None:
+        context.where(edit)  # refused by the name it has in the recipe
     return [handler for part in edit.by_layer() for handler in make(part, context)]
 
 
@@ -151,7 +154,9 @@ def _window(edit: spec.Window, context: Context) -> Sequence[Handler]:
     address, made = context.address(edit), list[Handler]()
     if edit.frames is not None or edit.radius is not None:
         made.append(Window(frames=edit.frames, radius=edit.radius, shape=edit.shape, **address))
-    if edit.band is not None:
+    if edit.band is not None and edit.order in ("best", "worst"):
+        made.append(BestBand(edit.band, worst=edit.order == "worst", **address))
+    elif edit.band is not None:
         made.append(Band(width=edit.band, order="spatial" if edit.order == "frame" else "temporal", **address))
     return made
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from control.address import Area, Found, Side, inside
+from control.concept import ConceptMask
 from control.extract import ExtractMask
 from control.strength import Ramp, Strength
 from probe import region
@@ -136,8 +137,8 @@ def from_file(mask: spec.FileMask, grid: Grid) -> Region:
     return region.tokens(inside)
 
 
-def extracted(mask: spec.WordMask, source: int | None, where: Where) -> ExtractMask:
-    """A mask that a run finds in its own attention.
+def extracted(mask: spec.WordMask, source: int | None, where: Where, video: int | None = None) -> ExtractMask:
+    """A mask that a run finds in its own attention, by the outputs of prompt `video` if that is given.
 
     Raises:
         UsageError: probabilities that its direction does not have.
@@ -152,18 +153,10 @@ def extracted(mask: spec.WordMask, source: int | None, where: Where) -> ExtractM
     if value == "otsu":
         method, value = "otsu", None
     settings: dict[str, Any] = {"method": method, "value": value, "per": mask.normalise}
-    return ExtractMask(
-        mask.phrases,
-        source,
-        tuple(mask.rivals),
-        direction,
-        sigma=mask.blur,
-        component=mask.largest,
-        propagate=mask.propagate,
-        soft=mask.soft,
-        where=where,
-        **settings,
-    )
+    settings |= {"sigma": mask.blur, "component": mask.largest, "soft": mask.soft, "where": where}
+    if video is not None:
+        return ConceptMask(mask.phrases, source, tuple(mask.rivals), video=video, **settings)
+    return ExtractMask(mask.phrases, source, tuple(mask.rivals), direction, propagate=mask.propagate, **settings)
 
 
 def strength_of(strength: span.Strength) -> Strength:

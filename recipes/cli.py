@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probe.errors import MmditError
-from recipes import cli_read, console
+from recipes import cli_heads, cli_read, console
 from recipes.cli_bench import app as bench_app
 from recipes.cli_read import Format
 from recipes.cli_recipes import Sets
@@ -114,7 +114,7 @@ def resume(
     console.facts("done", console.outcome(go_on(folder, format == "json", Place(device, offload))), format)
 
 
-for read in (cli_read.maps, cli_read.mask, cli_read.diff):
+for read in (cli_read.maps, cli_read.mask, cli_read.diff, cli_heads.heads, cli_heads.search):
     app.command()(read)
 
 

@@ -14,7 +14,8 @@ from recipes.cli_read import Folder, Format, Segment, Step
 def heads(
     folder: Folder,
     metric: Annotated[
-        list[str] | None, typer.Option(help="name or name=weight, as entropy_video=-1; repeat it; all by default.")
+        list[str] | None,
+        typer.Option(help="name or name=weight, as entropy_video=-1; repeat it. Without it, what there is."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many heads, and as many to compare with.")] = 8,
     control: Annotated[
@@ -30,7 +31,10 @@ def heads(
     from recipes import headrank
 
     opened = Run(folder)
-    found = headrank.ranked(opened, headrank.weights_of(opened, metric or ()), count, control, seed, step, segment or 0)
+    if not metric:
+        console.facts(str(folder), opened.metric_info or {"metrics": "none; record some with record.readouts"}, format)
+        return
+    found = headrank.ranked(opened, headrank.weights_of(opened, metric), count, control, seed, step, segment or 0)
     if format == "json":
         console.data(found)
         return

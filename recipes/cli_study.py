@@ -11,7 +11,7 @@ import typer
 from recipes import console
 from recipes.cli_read import Format
 
-app = typer.Typer(help="Measure what recipes do: run, list, show.", no_args_is_help=True)
+app = typer.Typer(help="Measure what recipes do: run, list, show, table.", no_args_is_help=True)
 Results = Annotated[
     Path | None, typer.Option("--results", help="Folder of stored results; data/studies of a clone by default.")
 ]
@@ -68,6 +68,15 @@ def show(name: str, results: Results = None, format: Format = "text") -> None:
     if name not in found:
         raise UsageError(f"A study must have been run. Got {name}. Run: mmdit study run {name}")
     console.table(f"{name}: {found[name]['claim']}", study.rows({name: found[name]}), format)
+
+
+@app.command()
+def table(results: Results = None) -> None:
+    """The shipped recipes and what was found, as Markdown."""
+    from recipes import study
+    from recipes.study_table import markdown
+
+    console.text(markdown(results or study.RESULTS))
 
 
 def _watched(make: Any, name: str, count: int, quiet: bool) -> Any:

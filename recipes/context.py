@@ -63,22 +63,23 @@ class Context:
         """The number of a prompt."""
         return self.recipe.prompt_index(name)
 
-    def span(self, span: Span, count: int, what: str) -> tuple[int, ...] | None:
-        """The numbers a span selects; None for all."""
-        return None if span is None else chosen(span, count, f"{self.place.split()[0]}.{what}", what)
+    def span(self, span: Span, count: int, what: str, key: str | None = None) -> tuple[int, ...] | None:
+        """The numbers a span selects; None for all. `key` is where the recipe says it, if not under `what`."""
+        return None if span is None else chosen(span, count, f"{self.place.split()[0]}.{key or what}", what)
 
     def where(self, edit: Operation) -> Where:
         """The calls, heads and branches of an edit."""
         asked = None if edit.prompts is None else tuple(sorted(self.prompt(name) for name in edit.prompts))
         guided = {"both": None, "conditional": True, "unconditional": False}[edit.guidance]
         branches = Branches(asked, guided, self.role)
-        layers, heads = edit.layers, edit.heads
+        layers, heads, key = edit.layers, edit.heads, None
         if edit.places is not None:
             layers, heads = (Only(only=sorted(set(some))) for some in zip(*edit.places, strict=True))
+            key = "places"
         return Where(
             steps=self.span(edit.steps, self.steps, "steps"),
-            layers=self.span(layers, self.layers, "layers"),
-            heads=self.span(heads, self.heads, "heads"),
+            layers=self.span(layers, self.layers, "layers", key),
+            heads=self.span(heads, self.heads, "heads", key),
             branches=None if branches == Branches() else branches,
             kinds=None if edit.kinds is None else frozenset(edit.kinds),
         )
@@ -101,7 +102,8 @@ class Context:
         if isinstance(area, spec.Words):
             return region.words(*area.phrases)
         if isinstance(area, spec.Sinks):
-            return Sinks(area.sinks.threshold, area.sinks.tokens)
+            heads = self.span(area.sinks.heads, self.heads, "heads")
+            return Sinks(area.sinks.threshold, area.sinks.tokens, heads)
         if isinstance(area, spec.Not):
             return self._rest(area.area)
         if isinstance(area, spec.All):
@@ -134,7 +136,8 @@ class Context:
             raise UsageError(f"A mask of segments must be each segment's own. Got prompt {mask.prompt}. Leave it out.")
         source = None if own else 0 if mask.prompt is None else self.prompt(mask.prompt)
         steps, layers = self.span(mask.steps, self.steps, "steps"), self.span(mask.layers, self.layers, "layers")
-        return extracted(mask, source, Where(steps=steps, layers=layers))
+        video = None if mask.outputs_of is None else self.prompt(mask.outputs_of)
+        return extracted(mask, source, Where(steps=steps, layers=layers), video)
 
     def _rest(self, area: spec.Area) -> Area:
         """The video outside of an area of the video, the tokens outside of any other."""

@@ -52,9 +52,13 @@ def ssim(made: Made, of: str, to: str) -> float:
     return float(np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in pairs]))
 
 
-def object_iou(made: Made, of: str, to: str) -> float:
-    """Intersection over union of the objects of two clips, 0 to 1."""
-    return float(iou(scene.foreground(made.clips[of])[0], scene.foreground(made.clips[to])[0]))
+def object_iou(made: Made, of: str, to: str, color: str | None = None) -> float:
+    """Intersection over union of the objects of two clips (those of one color), 0 to 1."""
+    a, b = (
+        scene.foreground(made.clips[name])[0] if color is None else scene.object_mask(made.clips[name], color)
+        for name in (of, to)
+    )
+    return float(iou(a, b))
 
 
 def agreement(made: Made, of: str, text: str | None = None) -> float:
@@ -113,6 +117,15 @@ def inside_box(made: Made, of: str, color: str, box: tuple[float, float, float, 
     return float(body[:, top:bottom, left:right].sum() / body.sum()) if body.any() else 0.0
 
 
+def inside_frames(made: Made, of: str, color: str, span: tuple[float, float]) -> float:
+    """The share of an object's pixels, found by color, in the frames [start, stop), given as shares of the clip; 0 if
+    there is none.
+    """
+    body = scene.object_mask(made.clips[of], color)
+    start, stop = (round(share * len(body)) for share in span)
+    return float(body[start:stop].sum() / body.sum()) if body.any() else 0.0
+
+
 def presence(made: Made, of: str, color: str) -> float:
     """The share of frames in which an object of that color is seen."""
     return float(scene.object_mask(made.clips[of], color).any((1, 2)).mean())
@@ -149,6 +162,7 @@ MEASURES: dict[str, Callable[..., float]] = {
         shape_fit,
         object_share,
         inside_box,
+        inside_frames,
         presence,
         largest_jump,
         mask_iou,

@@ -14,13 +14,13 @@ from probe.store import Run
 
 
 def weights_of(run: Run, given: Sequence[str]) -> dict[str, float]:
-    """The weight of each metric from texts "name" or "name=weight"; 1 for every recorded metric if none is given.
+    """The weight of each metric from texts "name" or "name=weight", 1 where it is left out.
 
     Raises:
         UsageError: a metric that was not recorded, or a weight that is no number.
     """
     weights = {}
-    for text in given or run.metrics:
+    for text in given:
         name, _, weight = text.partition("=")
         if name not in run.metrics:
             there = ", ".join(run.metrics) or "none; record some with record.readouts"
@@ -29,8 +29,6 @@ def weights_of(run: Run, given: Sequence[str]) -> dict[str, float]:
             weights[name] = float(weight or 1)
         except ValueError:
             raise UsageError(f"A metric must come as name or name=weight. Got {text}. Write {name}=-1.") from None
-    if not weights:
-        raise UsageError(f"A run must have recorded metrics. Got none in {run.path}. Record with record.readouts.")
     return weights
 
 
@@ -81,9 +79,15 @@ def _groups(chosen: Sequence[Head], control: Sequence[Head]) -> tuple[tuple[str,
 
 
 def _grid(run: Run, name: str, step: int | None, segment: int) -> NDArray[np.float64]:
-    """[layers, heads], mean over the steps where it is defined; NaN where it never is."""
+    """[layers, heads], mean over the steps where it is defined; NaN where it never is.
+
+    Raises:
+        UsageError: it is defined nowhere, or the step was not recorded.
+    """
     steps = run.steps if step is None else (step,)
     grids = np.array([run.metric_grid(name, one, segment) for one in steps], np.float64)
     known = np.isfinite(grids)
+    if not known.any():
+        raise UsageError(f"A metric must be defined in some head. Got {name}, defined in none. Choose another.")
     total = np.where(known, grids, 0).sum(0)
     return np.divide(total, known.sum(0), out=np.full(total.shape, np.nan), where=known.any(0))

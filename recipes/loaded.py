@@ -76,11 +76,14 @@ class Loaded:
 
     def clips(self, state: State) -> list[Clip]:
         """The videos, decoded one by one."""
+        return [Clip(name, text, self.loop.decode(latents)[0]) for name, text, latents in self.parts(state)]
+
+    def parts(self, state: State) -> list[tuple[str, str, torch.Tensor]]:
+        """Name, text and latents [1, F, C, H, W] of each video."""
         recipe = self.job.recipe
         if self.job.joined:
-            return [Clip(MAIN, ", then ".join(recipe.texts), self.loop.decode(state.latents)[0])]
-        named = zip(recipe.prompt_names, recipe.texts, state.latents.split(1), strict=True)
-        return [Clip(name, text, self.loop.decode(latents)[0]) for name, text, latents in named]
+            return [(MAIN, ", then ".join(recipe.texts), state.latents)]
+        return list(zip(recipe.prompt_names, recipe.texts, state.latents.split(1), strict=True))
 
 
 def opened(job: Job, made: Program, load: Callable[[], Any]) -> Loaded:

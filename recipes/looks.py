@@ -11,11 +11,13 @@ from probe.readout.frame import FrameMass
 from probe.readout.keep import KeepQK
 from probe.readout.locality import Locality
 from probe.readout.mass import RegionMass
+from probe.readout.settling import Settling
+from probe.readout.similarity import Similarity
 from probe.readout.sink import Sinks
 from probe.readout.sparsity import Sparsity
 from probe.readout.token import TokenMass
 from probe.readout.word import Direction, WordMaps
-from probe.site import JOINT, Where
+from probe.site import JOINT, Branch, Where, Which
 from recipes.recipe import Record
 
 MOST_WORDS = 16
@@ -30,6 +32,7 @@ LOOKS: dict[str, type[Readout]] = {
     "sinks": Sinks,
     "sparsity": Sparsity,
     "locality": Locality,
+    "settling": Settling,
 }
 
 
@@ -43,6 +46,18 @@ def readouts(record: Record, where: Where, steps: int, layers: int, kinds: Colle
     maps = WordMaps(*record.words, where=where, directions=directions, per_head=record.heads == "each", most=MOST_WORDS)
     found: list[Readout] = [maps]
     found += [RegionMass(where=where)] if record.mass else []
-    found += [LOOKS[name](where=where) for name in dict.fromkeys(record.readouts)]
+    found += [_look(name, where) for name in dict.fromkeys(record.readouts)]
     pairs = [(steps // 2, layers // 2)] if record.keep_qk == "auto" else record.keep_qk
     return (*found, *([KeepQK(pairs, where=Where(branches=where.branches))] if pairs else []))
+
+
+def _look(name: str, where: Where) -> Readout:
+    """A readout by its name; similarity is that of every further prompt with the first one, within the video."""
+    if name == "similarity":
+        return Similarity(_further, Which(prompt=0, guided=True), where, keys="video")
+    return LOOKS[name](where=where)
+
+
+def _further(branch: Branch) -> bool:
+    """The conditional branch of a prompt that is not the first."""
+    return branch.guided and branch.prompt > 0

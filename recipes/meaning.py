@@ -134,6 +134,14 @@ class _Check:
             if not any(places_of(text, word) for text in self.recipe.texts):
                 spoken = tuple(dict.fromkeys(w for text in self.recipe.texts for w in words_of(text)))
                 _fail(("record", "words", i), "must be a word of its prompts", word, f"The words are: {_list(spoken)}.")
+        for i, name in enumerate(record.masks if record else ()):
+            if not isinstance(self.recipe.masks.get(name), WordMask):
+                words = [key for key, mask in self.recipe.masks.items() if isinstance(mask, WordMask)]
+                _fail(("record", "masks", i), "must name a mask of words", name, _nearest(name, words, "There are"))
+        together = len(self.recipe.texts) > 1 and not (self.recipe.segments or self.recipe.windows)
+        if record and "similarity" in record.readouts and not together:
+            hint = "Name another prompt, or leave it out."
+            _fail(("record", "readouts"), "must have several prompts side by side to compare", "similarity", hint)
 
     def _windowed(self) -> None:
         """Windows are one video: no two of them show the same frames of two prompts."""

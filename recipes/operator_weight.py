@@ -77,14 +77,18 @@ class Window(Operation):
     band: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="width of a band along the sequence, in frames of tokens"
     )
-    order: Literal["frame", "token"] = Field(
-        default="frame", description="order in which a band counts: frame by frame, or place by place"
+    order: Literal["frame", "token", "best", "worst"] = Field(
+        default="frame",
+        description="a band counts frame by frame, or place by place (token); best: in each call and head what gives "
+        "the output back on sampled rows (Sparse-VideoGen); worst: the other one",
     )
 
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.frames is None and self.radius is None and self.band is None:
             raise ValueError("must have frames, radius or band")
+        if self.band is None and self.order in ("best", "worst"):
+            raise ValueError("must have a band whose order is chosen")
         return self
 
 

@@ -79,6 +79,8 @@ def program(context: Context) -> Program:
             edits[here.place] = _change(edit, here)
     guides = tuple(_guide(number, edits, context) for number in range(len(recipe.guides)))
     latents = tuple(made for number in range(len(recipe.latents)) for made in _latents(number, context))
+    for name in recipe.record.masks if recipe.record else ():
+        context.mask(name)
     return Program(edits, tuple(context.extra), guides, latents, _again(context), context.masks)
 
 

@@ -81,6 +81,9 @@ class Record(Part):
     heads: Literal["mean", "each"] = Field(default="mean", description="mean: word maps over all heads; each: per head")
     mass: bool = Field(default=True, description="region masses as well")
     readouts: list[Look] = Field(default_factory=list, description="further readouts, each once")
+    masks: list[Name] = Field(
+        default_factory=list, description="word masks that are found and kept though no edit may use them"
+    )
     keep_qk: list[Place] | Auto = Field(
         default_factory=list, description="[step, layer] pairs whose Q and K are kept; auto: one, in the middle"
     )

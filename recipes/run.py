@@ -19,7 +19,7 @@ from probe.provenance import where_from
 from probe.recorder import Recorder
 from probe.show import finish_video
 from probe.store import Run, RunWriter, refuse_taken
-from recipes import parse, resume, stock
+from recipes import kept, parse, resume, stock
 from recipes.catalogue import clip_forwards, interventions
 from recipes.job import Job, prepare
 from recipes.loaded import Loaded, opened, out_of_memory
@@ -54,7 +54,9 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
     refuse_taken(out, force)
     if job.size.clip is None:
         with _interrupted(out, "Start the recipe again.", _started(out)), out_of_memory():
-            return stock.execute(job, made, _load(job, place or Place()), out, force, quiet)
+            run = stock.execute(job, made, _load(job, place or Place()), out, force, quiet)
+            kept.write(made, out)
+            return run
     loaded = opened(job, made, lambda: _load(job, place or Place()))
     writer = RunWriter.create(out, loaded.info, parse.dump(recipe), force)
     return _carry_out(loaded, writer, loaded.start(), quiet)
@@ -91,6 +93,7 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
                 start = state
                 state = loaded.traced.run(lambda clock: loaded.drive(clock, start, on_step), recipe.texts)
         finish_video(writer.folder, loaded.clips(state), show(job))
+        kept.write(loaded.made, writer.folder)
         loop.close()
         seconds = round(time.perf_counter() - loaded.began, 1)
         writer.finish("done", seconds=seconds, clip_forwards=sum(clip_forwards(job, loaded.made)))

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from control.extract import ExtractMask
 from probe.errors import UsageError
 from probe.models.load import load
 from recipes import parse
 from recipes.catalogue import interventions
-from recipes.effect import Made
+from recipes.effect import Clip, Made
 from recipes.job import prepare
+from recipes.kept import masks_of
 from recipes.loaded import Loaded, opened
 from recipes.recipe import Recipe
+
+
+class Clips(Mapping[str, Clip]):
+    """The clips of a run by name, decoded when they are looked at; the same latents are decoded once.
+
+    `latents` are [1, F, C, H, W] by name.
+    """
+
+    def __init__(self, latents: Mapping[str, Tensor], decode: Callable[[Tensor], Any], kept: dict[bytes, Clip]) -> None:
+        self.latents, self._decode, self._kept = latents, decode, kept
+
+    def __getitem__(self, name: str) -> Clip:
+        latents = self.latents[name]
+        key = sha256(latents.float().cpu().numpy().tobytes()).digest()
+        if key not in self._kept:
+            self._kept[key] = self._decode(latents)[0]
+        return self._kept[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.latents)
+
+    def __len__(self) -> int:
+        return len(self.latents)
 
 
 class Studio:
@@ -26,6 +51,7 @@ class Studio:
         self.recipe = recipe
         self._pipes: dict[str, Any] = {}
         self._made: dict[str, Made] = {}
+        self._decoded: dict[bytes, Clip] = {}
 
     def __call__(self, overrides: Mapping[str, Any], seed: int) -> Made:
         """What the recipe makes from a seed; `overrides` as `--set` takes them, with values for texts. Asked again, it
@@ -46,11 +72,12 @@ class Studio:
             raise UsageError(
                 f"A study must run on a model with a denoising loop of our own, CogVideoX. Got {job.size.family.name}."
             )
-        loaded = opened(job, interventions(job), lambda: self._pipe(recipe.model))
+        made = interventions(job)
+        loaded = opened(job, made, lambda: self._pipe(recipe.model))
         start = loaded.start()
         state = loaded.traced.run(lambda clock: loaded.drive(clock, start, lambda _: None), recipe.texts)
-        clips = {clip.name: clip.frames for clip in loaded.clips(state)}
-        return Made(clips, dict(zip(recipe.prompt_names, recipe.texts, strict=True)), _masks(loaded), _numbers(loaded))
+        clips = Clips({name: latents for name, _, latents in loaded.parts(state)}, loaded.loop.decode, self._decoded)
+        return Made(clips, dict(zip(recipe.prompt_names, recipe.texts, strict=True)), masks_of(made), _numbers(loaded))
 
     def _pipe(self, model: str) -> Any:
         if model not in self._pipes:
@@ -61,14 +88,6 @@ class Studio:
 def _settings(overrides: Mapping[str, Any]) -> list[str]:
     """As `--set` takes them."""
     return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-
-
-def _masks(loaded: Loaded) -> dict[str, Any]:
-    """The word masks of a run by name, as they were at its end."""
-    named = {name: mask for name, mask in loaded.made.masks.items() if isinstance(mask, ExtractMask)}
-    prompt = {name: mask.source if isinstance(mask.source, int) else 0 for name, mask in named.items()}
-    found = {name: mask.mask(prompt[name]) for name, mask in named.items()}
-    return {name: mask for name, mask in found.items() if mask is not None}
 
 
 def _numbers(loaded: Loaded) -> dict[str, float]:

@@ -33,10 +33,14 @@ CONFIDENCE = 0.95
 
 
 class Measure(Part):
-    """A number of `recipes.effect`, its arguments, and which way the recipe should move it."""
+    """A number of `recipes.effect`, its arguments, and which way the recipe should move it. What saves work cannot be
+    nearer to the whole attention than no edit is: such a measure names the arms it is `against`, and the rest are shown
+    beside it.
+    """
 
     name: str = Field(description="a function of recipes.effect")
-    want: Literal["higher", "lower"] = Field(description="which way the recipe moves it, against every other arm")
+    want: Literal["higher", "lower"] = Field(description="which way the recipe moves it, against other arms")
+    against: list[str] | None = Field(default=None, description="the arms it must beat; null: all others; []: none")
     unit: str = ""
     arguments: dict[str, Any] = Field(default_factory=dict)
 
@@ -59,6 +63,9 @@ class Study(Part):
     def _has_controls(self) -> Study:
         if not self.scan and not {"empty", "wrong"} <= set(self.arms):
             raise ValueError(f"must have the arms empty and wrong. Got {', '.join(self.arms) or 'none'}")
+        for arm in (arm for measure in self.measures for arm in measure.against or ()):
+            if arm not in self.arms:
+                raise ValueError(f"must be against its own arms. Got {arm}; they are {', '.join(self.arms) or 'none'}")
         return self
 
 
@@ -144,28 +151,31 @@ def carry_out(study: Study, seeds: Sequence[int], make: Make, arms: Mapping[str,
     Returns what is stored: values [seeds] by arm and measure, their intervals, and for each other arm the interval of
     the paired difference recipe - arm.
     """
-    values: dict[str, dict[str, list[float]]] = {arm: {m.name: [] for m in study.measures} for arm in arms}
+    values: dict[str, list[list[float]]] = {arm: [[] for _ in study.measures] for arm in arms}
     for seed in seeds:
         for arm, overrides in arms.items():
             made = make({**study.set, **overrides}, seed)
-            for measure in study.measures:
-                values[arm][measure.name].append(effect.measured(made, measure.name, measure.arguments))
+            for measure, found in zip(study.measures, values[arm], strict=True):
+                found.append(effect.measured(made, measure.name, measure.arguments))
     return {
         "recipe": study.recipe,
         "claim": study.claim,
         "substitute": study.substitute,
         "seeds": list(seeds),
         "confidence": CONFIDENCE,
-        "measures": [_told(measure, values) for measure in study.measures],
+        "measures": [
+            _told(measure, {arm: of[number] for arm, of in values.items()})
+            for number, measure in enumerate(study.measures)
+        ],
     }
 
 
-def _told(measure: Measure, values: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
-    arms = {arm: {**interval(of[measure.name]).facts(), "values": of[measure.name]} for arm, of in values.items()}
+def _told(measure: Measure, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    arms = {arm: {**interval(of).facts(), "values": of} for arm, of in values.items()}
     against = {}
-    for arm in values:
+    for arm in values if measure.against is None else measure.against:
         if "recipe" in values and arm != "recipe":
-            pairs = zip(values["recipe"][measure.name], values[arm][measure.name], strict=True)
+            pairs = zip(values["recipe"], values[arm], strict=True)
             difference = interval([a - b for a, b in pairs])
             against[arm] = {**difference.facts(), "excludes zero": difference.excludes_zero(measure.want)}
     return {**measure.model_dump(), "arms": arms, "difference to": against}
@@ -201,13 +211,19 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     return [
         {
             "study": name,
-            "measure": f"{measure['name']}{_with(measure)}",
+            "measure": f"{_named(measure)}{_with(measure)}",
             **_cells(measure),
             "seeds": str(len(result["seeds"])),
         }
         for name, result in results.items()
         for measure in result["measures"]
     ]
+
+
+def _named(measure: Mapping[str, Any]) -> str:
+    """Told apart from others of its kind."""
+    given = measure["arguments"]
+    return " ".join([measure["name"], *(str(given[key]) for key in ("color", "mask", "name") if key in given)])
 
 
 def _with(measure: Mapping[str, Any]) -> str:

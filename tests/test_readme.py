@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import parse
 from recipes.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ def blocks(language, text=TOUR):
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-QUICK = {"mmdit bench": ["--size", "tiny", "--rounds", "1"]}
+QUICK = {"mmdit bench": ["--size", "tiny", "--rounds", "1"], "mmdit study": ["--seeds", "2"]}
 """What a line is given beside its own words, so that it takes a moment."""
 
 
@@ -36,17 +37,31 @@ def test_the_python_tour(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_line_tour(tmp_path, monkeypatch, capsys):
+    """Files that it shows are written first; what a line sends to a file goes there."""
     monkeypatch.chdir(tmp_path)
+    for block in blocks("yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", block)
+        assert name, block
+        (tmp_path / name[1]).write_text(block, encoding="utf-8")
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 15
+    assert len(lines) == 22
     for line in lines:
-        words = shlex.split(line)
+        words, _, target = line.partition(" > ")
+        words = shlex.split(words, comments=True)
         assert words[0] == "mmdit"
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main([*words[1:], *QUICK.get(" ".join(words[:2]), [])])
-        assert not stopped.value.code, (line, capsys.readouterr().err)
+        said = capsys.readouterr()
+        assert not stopped.value.code, (line, said.err)
+        if target:
+            (tmp_path / target).with_suffix(".start").write_text(said.out, encoding="utf-8")
     assert (tmp_path / "runs" / "story" / "video.mp4").is_file()
     assert (tmp_path / "runs" / "first" / "circle_vt.png").is_file()
+    assert (tmp_path / "runs" / "mine" / "target.gif").is_file()
+    assert (tmp_path / "runs" / "studies" / "mine-study.json").is_file()
+    start = parse.load(str(tmp_path / "mine.start"))
+    assert start == parse.load("map-transfer")
 
 
 def test_every_file_it_names_is_there():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +19,7 @@ from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
 from probe.readout.base import Readout
-from probe.site import JOINT, Branch, Where
+from probe.site import JOINT, Where
 
 Feature = Literal["q", "k", "v", "o"]
 Source = Literal["p", "q", "k", "v", "o"]
@@ -40,19 +42,30 @@ class TokenReadout(Readout):
             )
         if tensor in ("p", "k", "v"):
             self.kinds = JOINT | {"self"}  # cross attention has no video among its keys
-        self._outputs: dict[Branch, Tensor] = {}
+        self.call: AttentionCall | None = None
         super().__init__(where or Where(), stage)
 
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
         """Reduce each entry of `rows` while the outputs of the call are at hand."""
-        self._outputs = {} if call.out is None else dict(zip(call.branches, call.out, strict=True))
-        super().serve(call, rows)
-        self._outputs = {}
+        with self.looking_at(call):
+            super().serve(call, rows)
+
+    @contextmanager
+    def looking_at(self, call: AttentionCall) -> Iterator[None]:
+        """Its outputs are at hand."""
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
 
     def tokens(self, entry: Entry) -> Tensor:
         """[H, tokens, D] of the chosen heads, in at least float32."""
         if self.source == "o":
-            made = self._outputs[entry.branch][index_of(entry.heads, entry.q.device), : entry.rows.total]
+            assert self.call is not None
+            assert self.call.out is not None
+            out = self.call.out[self.call.branches.index(entry.branch)]
+            made = out[index_of(entry.heads, entry.q.device), : entry.rows.total]
         else:
             made = getattr(entry, self.source)
         return made.to(attend.exact_dtype(made.dtype))

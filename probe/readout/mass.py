@@ -57,7 +57,8 @@ class RegionMass(Readout):
         """[H, 3, 4]."""
         text, padding = (_mass_on(entry, entry.column_groups[name]) for name in ("text", "padding"))
         same = same_frame(entry)
-        other = (1 - text - padding - same).clamp_min(0) if entry.columns.frames else torch.zeros_like(text)
+        rest = entry.row_sums - text - padding - same
+        other = rest.clamp_min(0) if entry.columns.frames else torch.zeros_like(text)
         return group_means(torch.stack([text, padding, same, other], -1), entry.groups, ROWS)
 
     def metrics(self, value: Any) -> dict[str, NDArray[np.float32]]:

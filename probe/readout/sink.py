@@ -81,7 +81,8 @@ class Sinks(Readout):
         """See the class."""
         columns = entry.video_columns
         sinks = columns * entry.keys > self.tau if self.eps is None else columns > self.eps
-        value, key = (_norm_ratio(x, columns.dtype) for x in (entry.v, entry.k))
+        own = entry.k[..., : entry.k.shape[-1] - entry.extra]
+        value, key = (_norm_ratio(x, columns.dtype) for x in (entry.v, own))
         mass, top = columns.topk(min(self.most, entry.keys))
         removed, zeroed = _inertness(entry, sinks)
         return {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import probe
-from probe import weigh
+from probe import serve, weigh
 from probe.change import Added, Bias, Factors, Map, Move
 from probe.plan import Handler, Plan, Stage
 from probe.weigh_choice import way_of
@@ -279,6 +279,7 @@ def test_entries_with_equal_changes_are_computed_together(monkeypatch):
     change = factors(None, torch.arange(31) % 2, [[1.0, 0.3]])
     for entry in (0, 2):
         call.change(replace(change, entry=entry))
+    call.change(factors(None, torch.arange(31) % 2, [[1.0, 0.6]], entry=1))
     weigh.run(call)
     assert sorted(made) == [1, 2]
     for entry in range(3):
@@ -298,6 +299,7 @@ def test_what_a_foreign_kernel_computes_is_left_to_it():
         assert torch.equal(out[entry, ~mine], foreign[entry, ~mine])
         assert (out[entry, mine] - expected[mine]).nan_to_num(0).abs().sum() < 1e-3
         assert (call.lse()[entry] - lse).abs().max() < 5e-6
+    assert torch.equal(serve.after_attention(call, Plan([Boost("factor")], steps=1, layers=1), foreign), out)
 
 
 class Largest(TorchDispatchMode):
@@ -428,6 +430,16 @@ def test_rows_that_see_nothing_give_zero_everywhere():
     assert entry.shares[:, blind].abs().max() == 0
 
 
+def test_an_entry_shows_changes_at_their_heads_only():
+    call = one_call(torch.float64, heads=3)
+    call.change(replace(changed(call)["hide"], heads=(0, 2)))
+    call.change(replace(changed(call)["raise"], heads=(1, 2)))
+    weights = whole(call)[0]
+    weigh.run(call)
+    assert (call.entry(0).weights() - weights).abs().max() < 1e-12
+    assert (call.entry(0, (2, 1)).weights() - weights[[2, 1]]).abs().max() < 1e-12
+
+
 def test_all_entries_of_a_changed_call_are_equally_wide():
     call = batch()
     call.change(factors(None, torch.arange(31) % 3, [[1.0, 0.3, 2.0]], entry=1))
@@ -517,8 +529,6 @@ def test_a_pipeline_goes_on_with_the_changed_attention():
 
 
 def test_the_plan_counts_how_calls_were_computed():
-    from probe import serve
-
     plan = Plan([Boost("factor")], steps=1, layers=2)
     for layer in (0, 0, 1):
         call = one_call()

@@ -37,8 +37,13 @@ SAID = {
     "bias": ({"op": "bias", "amount": -2, "columns": "padding"}, "Bias(-2 on padding)"),
     "table": ({"op": "table", "groups": ["left", "text"], "values": [[0, -1], [1, 0]]}, "BiasTable(box(0, 0, 4, 2), "),
     "window": ({"op": "window", "frames": 1}, "Window(1 frames)"),
+    "best band": ({"op": "window", "band": 0.5, "order": "worst"}, "BestBand(0.5 frames, worst)"),
     "reweight": ({"op": "reweight", "columns": {"word": "a"}, "factor": 2}, "Reweight(words(a) x 2, renormalised)"),
     "sinks": ({"op": "reweight", "columns": {"sinks": {"threshold": 4}}, "factor": 2}, "over 4 times uniform"),
+    "sinks of a head": (
+        {"op": "bias", "amount": 1, "columns": {"sinks": {"threshold": 4, "heads": {"first": 1}}}},
+        "over 4 times uniform in heads (0,))",
+    ),
     "scale": ({"op": "scale", "tensor": "o", "factor": 0, "heads": {"only": [1]}}, "heads 1,"),
     "temper": ({"op": "temper", "factor": 2, "steps": {"first": 2}}, "steps 0 to 1,"),
     "fork": ({"op": "fork", "variant": {"edited": [TAKE]}}, "Fork(Edited(Transfer(kv from prompt 0)))"),

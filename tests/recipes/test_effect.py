@@ -46,6 +46,14 @@ def test_an_object_elsewhere_has_no_outline_in_common(made):
     assert effect.ssim(made, "low", "red") < 0.95
 
 
+def test_an_outline_can_be_that_of_one_color_alone(made):
+    both = scene.render(scene.Scene((RED, scene.Thing("green", "square", "up", 9.0, (54, 56), (54, 54))), "blue"))
+    made = Made({**made.clips, "both": both}, TEXTS)
+    assert effect.object_iou(made, "both", "red", "red") == 1
+    assert effect.object_iou(made, "both", "red") < 0.7
+    assert effect.object_iou(made, "both", "red", "green") == 0
+
+
 def test_psnr_is_that_of_the_definition():
     a = np.zeros((1, 8, 8, 3), np.uint8)
     b = a + np.uint8(16)
@@ -89,6 +97,14 @@ def test_a_mask_is_compared_on_the_token_grid(made):
     assert effect.mask_iou(made, "object", "red") > 0.9
     assert effect.mask_iou(made, "object", "red", color="red") > 0.9
     assert effect.mask_iou(made, "rest", "red") == 0
+
+
+def test_shapes_fit_their_own_drawing_best(made):
+    assert effect.shape_fit(made, "red") > 0.95
+    assert effect.shape_fit(made, "red", "a red square moving right") == pytest.approx(np.pi / 4, abs=0.03)
+    assert effect.shape_fit(made, "red", "a yellow circle moving right") == 0
+    both = "a red circle moving right and a yellow circle moving left"
+    assert effect.shape_fit(made, "red", both) == pytest.approx(effect.shape_fit(made, "red") / 2)
 
 
 def test_measures_go_by_name_and_refuse_what_they_do_not_know(made):

@@ -54,6 +54,31 @@ def test_differences_are_paired_by_seed():
     assert study.shown(result)
 
 
+def test_two_measures_of_one_kind_are_kept_apart_and_beat_the_arms_they_are_against():
+    """The second number is best in the empty arm, which only the first one has to beat."""
+    measures = [
+        MEASURE,
+        {"name": "number", "want": "lower", "arguments": {"name": "loss"}, "against": ["wrong"]},
+    ]
+    plan = Study(recipe="x", claim="c", measures=measures, arms={"empty": {}, "wrong": {}})
+
+    def make(overrides, seed):
+        loss = {1.0: 2.0, 0.0: 0.0, 0.2: 5.0}[overrides["gain"]]
+        return Made({}, {}, numbers={"score": overrides["gain"] + 0.01 * seed, "loss": loss})
+
+    result = study.carry_out(plan, range(3), make, ARMS)
+    score, loss = result["measures"]
+    assert score["arms"]["recipe"]["values"] == [1.0, 1.01, 1.02]
+    assert (loss["arms"]["empty"]["mean"], loss["difference to"].keys()) == (0.0, {"wrong"})
+    assert study.shown(result)
+    assert [row["measure"] for row in study.rows({"x": result})] == ["number score", "number loss"]
+    measures[1]["against"] = ["wrong", "empty"]
+    plan = Study(recipe="x", claim="c", measures=measures, arms={"empty": {}, "wrong": {}})
+    assert not study.shown(study.carry_out(plan, range(3), make, ARMS))
+    with pytest.raises(ValidationError, match="against its own arms. Got other; they are empty, wrong"):
+        Study(recipe="x", claim="c", measures=[{**MEASURE, "against": ["other"]}], arms={"empty": {}, "wrong": {}})
+
+
 def test_the_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
     held = [study.interval(rng.normal(3, 1, 20)) for _ in range(200)]
@@ -78,7 +103,7 @@ def test_results_are_stored_and_read_back(tmp_path):
     study.write(tmp_path, "x", result)
     assert study.stored(tmp_path)["x"] == json.loads(json.dumps(result))
     (row,) = study.rows(study.stored(tmp_path))
-    assert row["study"] == "x" and row["measure"] == "number" and row["seeds"] == "20"
+    assert (row["study"], row["measure"], row["seeds"]) == ("x", "number score", "20")
     assert row["recipe"].startswith("1.0") or row["recipe"].startswith("0.9")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UsageError, match="must be JSON"):
