@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from control.latent import Blend, LatentEdit
     from control.match import Match
     from control.noise import LowPass, NoiseShuffle, Nudge
+    from control.overlap import Windows
     from control.path import PathToIdentity
     from control.perturb import (
         BlurQuery,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from control.transfer import Transfer
     from control.variant import Edited, Variant
     from control.window import Band, Window
-    from control.windows import Windows
 
 __all__ = [
     "Area",
@@ -172,6 +172,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "transfer": ["Transfer"],
         "variant": ["Edited", "Variant"],
         "window": ["Band", "Window"],
-        "windows": ["Windows"],
+        "overlap": ["Windows"],
     },
 )

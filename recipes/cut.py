@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from control.windows import Shape, starts_of
+from control.overlap import Shape, starts_of
 from probe.errors import UsageError
 from probe.site import Branch
 from recipes.recipe import Recipe

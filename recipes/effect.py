@@ -102,9 +102,10 @@ def shape_fit(made: Made, of: str, text: str | None = None) -> float:
     return float(np.mean([scene.overlap(frame, shape) for body, shape in bodies for frame in body]))
 
 
-def object_share(made: Made, of: str) -> float:
-    """The share of a clip's pixels that show an object."""
-    return float(scene.foreground(made.clips[of])[0].mean())
+def object_share(made: Made, of: str, color: str | None = None) -> float:
+    """The share of a clip's pixels that show an object, or the largest part of a frame in its color."""
+    clip = made.clips[of]
+    return float((scene.foreground(clip)[0] if color is None else scene.object_mask(clip, color)).mean())
 
 
 def inside_box(made: Made, of: str, color: str, box: tuple[float, float, float, float]) -> float:

@@ -14,7 +14,7 @@ import torch
 from control.adapter import Loop
 from control.denoise import Lockstep, Prediction, State, denoise
 from control.noise import renew
-from control.windows import Windows
+from control.overlap import Windows
 from ditctrl.method import MultiPrompt
 from probe.clock import Clock
 from probe.errors import MmditError

@@ -207,33 +207,32 @@ def stored(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One line per study and measure, for tables."""
+    """One line per study and measure, for tables; of a scan one line per layer or head."""
+    return [row for name, result in results.items() for row in _rows(name, result)]
+
+
+def _rows(name: str, result: Mapping[str, Any]) -> list[dict[str, str]]:
+    seeds, measures = str(len(result["seeds"])), result["measures"]
+    if "recipe" in measures[0]["arms"]:
+        return [{"study": name, "measure": _named(m), **_cells(m), "seeds": seeds} for m in measures]
     return [
-        {
-            "study": name,
-            "measure": f"{_named(measure)}{_with(measure)}",
-            **_cells(measure),
-            "seeds": str(len(result["seeds"])),
-        }
-        for name, result in results.items()
-        for measure in result["measures"]
+        {"study": name, "at": arm, **{_named(m): _cell(m["arms"][arm]) for m in measures}, "seeds": seeds}
+        for arm in measures[0]["arms"]
     ]
 
 
 def _named(measure: Mapping[str, Any]) -> str:
-    """Told apart from others of its kind."""
-    given = measure["arguments"]
-    return " ".join([measure["name"], *(str(given[key]) for key in ("color", "mask", "name") if key in given)])
-
-
-def _with(measure: Mapping[str, Any]) -> str:
-    return f" ({measure['unit']})" if measure["unit"] else ""
+    """With what tells it apart from others of its kind."""
+    given = [str(measure["arguments"][key]) for key in ("color", "mask", "name") if key in measure["arguments"]]
+    return " ".join([measure["name"], *given, *([f"({measure['unit']})"] if measure["unit"] else [])])
 
 
 def _cells(measure: Mapping[str, Any]) -> dict[str, str]:
-    arms = measure["arms"]
-    chosen = {name: arms[name] for name in ("recipe", "empty", "wrong") if name in arms}
-    return {name: f"{arm['mean']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]" for name, arm in chosen.items()}
+    return {name: _cell(arm) for name, arm in measure["arms"].items()}
+
+
+def _cell(arm: Mapping[str, float]) -> str:
+    return f"{arm['mean']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]"
 
 
 def verdict(result: Mapping[str, Any]) -> str:

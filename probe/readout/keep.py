@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probe.call import AttentionCall
 from probe.entry import Entry
-from probe.errors import UsageError
+from probe.errors import PlanError, UsageError
 from probe.plan import Stage
 from probe.readout.base import Readout
 from probe.site import Site, Where
@@ -75,7 +75,16 @@ class KeepQK(Readout):
             self.values[at] = {name: self._cast(values, site) for name, values in self.values[at].items()}
 
     def reduce(self, entry: Entry) -> dict[str, Tensor]:
-        """q and k of the entry."""
+        """q and k of the entry.
+
+        Raises:
+            PlanError: edits left its rows without unit sum, which no softmax of kept q and k can give.
+        """
+        if not entry.whole:
+            raise PlanError(
+                "Kept Q and K must be of rows that sum to one. Got raw factors or added keys at "
+                f"{entry.site}. Keep them before edits, with stage=Stage.BEFORE, or leave this call out."
+            )
         factor = entry.scale * entry.q.shape[-1] ** 0.5
         return {"q": entry.q if abs(factor - 1) < 1e-6 else entry.q.float() * factor, "k": entry.k}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from probe.entry import Entry
@@ -55,4 +56,13 @@ class Settling(Compared):
         before, now = self._before.pop(place, None), map_of(entry, self.keys)
         if entry.site.step != self._last:
             self._before[place] = Map(*(x.clone() for x in now))
-        return None if before is None else self.compare(before, now, entry.scale, entry.rows)
+        return None if before is None else self.compare(*_level(before, now), entry.scale, entry.rows)
+
+
+def _level(*maps: Map) -> list[Map]:
+    """Of one width: edits may add channels to q and k, and zeros change no logit."""
+    width = max(one.q.shape[-1] for one in maps)
+    return [
+        one._replace(**{side: F.pad(x, (0, width - x.shape[-1])) for side, x in (("q", one.q), ("k", one.k))})
+        for one in maps
+    ]

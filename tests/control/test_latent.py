@@ -12,7 +12,7 @@ from control.adapter import Loop
 from control.denoise import Lockstep, State, denoise
 from control.latent import Blend, LatentEdit, Moment
 from control.noise import LowPass, NoiseShuffle, Nudge, renew
-from control.windows import Windows, average, starts_of, weights_of
+from control.overlap import Windows, average, starts_of, weights_of
 from probe import region
 from probe.errors import LayoutError, UsageError
 from probe.site import Branch, Progress

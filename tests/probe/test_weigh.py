@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import probe
 from probe import serve, weigh
 from probe.change import Added, Bias, Factors, Map, Move
+from probe.errors import PlanError
 from probe.plan import Handler, Plan, Stage
 from probe.weigh_choice import way_of
 from probe.weigh_dense import by_channels, masked
@@ -341,6 +342,9 @@ def reweighted(name, dtype=torch.float64, **case):
 
 
 USED = ["raise", "raise two", "lower", "hide", "raw", "soft columns", "soft rows", "added", "added to some"]
+OPEN = ("raw", "added", "added to some")
+"""Those that leave rows without unit sum."""
+
 READ = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
@@ -386,7 +390,7 @@ def test_readouts_equal_the_matrix_that_was_used(name, case):
             assert (shares[:, f, g] - inside.sum(-1).mean(1)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in USED if name not in ("raw", "added", "added to some")])
+@pytest.mark.parametrize("name", USED)
 @pytest.mark.parametrize("case", [JOINT[0], JOINT[2]])
 def test_region_mass_and_entropy_equal_the_matrix_that_was_used(name, case):
     call, weights = reweighted(name, **case)
@@ -403,6 +407,11 @@ def test_region_mass_and_entropy_equal_the_matrix_that_was_used(name, case):
         if kind == "video"
     ]
     assert (mass[:, 2, 2] - torch.stack(same).mean(0)).abs().max() < 1e-6
+    given = weights[:, kinds["video"]].sum(-1).mean(1)  # not 1 with raw factors and added keys
+    assert (mass[:, 2].sum(-1) - given).abs().max() < 1e-6
+    if name in OPEN:
+        assert (given - 1).abs().max() > 1e-3
+        return
     entropy = torch.from_numpy(value_of(probe.Entropy(), call)["entropy"])
     expected = -torch.xlogy(weights, weights).sum(-1)[:, kinds["video"]].mean(1)
     assert (entropy[:, 2, 0] - expected).abs().max() < 1e-5
@@ -415,6 +424,35 @@ def test_entropy_of_changed_weights_stays_exact_in_lower_precision(name, dtype):
     entropy = torch.from_numpy(value_of(probe.Entropy(rows=True), call)["rows"]).flatten(1)
     expected = -torch.xlogy(weights, weights).sum(-1)[:, where(call, "rows", "video")]
     assert (entropy - expected).abs().max() < {torch.float32: 1e-4, torch.bfloat16: 1e-1}[dtype]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_rows_without_unit_sum_cannot_be_kept_as_queries_and_keys(name):
+    call, _ = reweighted(name)
+    with pytest.raises(PlanError, match="rows that sum to one"):
+        value_of(probe.KeepQK([(call.site.step, call.site.layer)], dtype="float32"), call)
+
+
+@pytest.mark.parametrize("name", ["raise", "soft rows"])
+def test_kept_queries_and_keys_give_the_weights_that_were_used(name):
+    call, weights = reweighted(name)
+    kept = value_of(probe.KeepQK([(call.site.step, call.site.layer)], dtype="float32"), call)
+    q, k = (torch.from_numpy(kept[side]) for side in "qk")
+    assert ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) - weights).abs().max() < 1e-5
+
+
+def test_settling_compares_steps_whose_weights_were_changed_in_other_ways():
+    plain, (call, weights) = one_call(torch.float64, heads=3), reweighted("raise")
+    before = whole(plain)[0]
+    settling = probe.Settling()
+    settling.begin((), 2, 1)
+    plain.lse()
+    assert settling.reduce(plain.entry(0)) is None
+    entry = call.entry(0)
+    entry.site = replace(entry.site, step=1)
+    alike = settling.reduce(entry)["bhattacharyya"]
+    expected = (before * weights).sqrt().sum(-1)[:, where(call, "rows", "video")].mean(1)
+    assert (alike[:, 0] - expected).abs().max() < 1e-5
 
 
 def test_rows_that_see_nothing_give_zero_everywhere():

@@ -83,7 +83,8 @@ def test_places_and_presence(made):
     assert effect.inside_box(made, "none", "red", (0, 0, 1, 1)) == 0
     assert effect.presence(made, "red", "red") == 1
     assert effect.presence(made, "red", "green") == 0
-    assert effect.object_share(made, "none") == 0
+    assert effect.object_share(made, "none") == effect.object_share(made, "red", "green") == 0
+    assert effect.object_share(made, "red", "red") == pytest.approx(effect.object_share(made, "red"), rel=0.05)
     assert effect.object_share(made, "red") == pytest.approx(np.pi * 10**2 / 64**2, rel=0.05)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from control.adapter import Loop
 from control.denoise import Lockstep, State, denoise
-from control.windows import Windows
+from control.overlap import Windows
 from probe.errors import RecipeError, UsageError
 from probe.site import Branch
 from recipes import parse
