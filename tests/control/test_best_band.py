@@ -10,8 +10,9 @@ import torch
 from control.best_band import BestBand
 from control.window import Band
 from probe.errors import UsageError
+from probe.region import frames
 from probe.site import Where
-from tests.control.whole import attended, double_call, output, position, served
+from tests.control.whole import attended, double_call, inside, output, position, served
 from tests.probe.readout.calls import JOINT, SELF
 
 WIDTH = 0.6
@@ -78,6 +79,15 @@ def test_a_softer_choice_is_that_of_softer_bands():
     got = output(call, BestBand(WIDTH, strength=0.5))
     soft = [output(calls({})[0], Band(WIDTH, order, strength=0.5)) for order in ("spatial", "temporal")]
     torch.testing.assert_close(got, torch.where((error[0] <= error[1])[:, None, None], *soft), **TIGHT)
+
+
+def test_rows_are_chosen():
+    call, made, error = calls({})
+    got = output(call, BestBand(WIDTH, rows=frames(1)))
+    rows = inside(call, "rows", ("video", 1))
+    want = attended(call, torch.zeros(1, 1))
+    want[:, rows] = torch.where((error[0] <= error[1])[:, None, None], made[0], made[1])[:, rows]
+    torch.testing.assert_close(got, want, **TIGHT)
 
 
 def test_strength_zero_asks_for_nothing():

@@ -81,6 +81,9 @@ def test_places_and_presence(made):
     assert effect.inside_box(made, "low", "red", (0, 0, 0.5, 1)) == 0
     assert 0.45 < effect.inside_box(made, "red", "red", (0, 0, 0.5, 1)) < 0.55
     assert effect.inside_box(made, "none", "red", (0, 0, 1, 1)) == 0
+    assert effect.inside_frames(made, "red", "red", (0, 1)) == 1
+    assert effect.inside_frames(made, "red", "red", (0, 0.5)) == pytest.approx(8 / 17, abs=0.01)
+    assert effect.inside_frames(made, "none", "red", (0, 1)) == 0
     assert effect.presence(made, "red", "red") == 1
     assert effect.presence(made, "red", "green") == 0
     assert effect.object_share(made, "none") == effect.object_share(made, "red", "green") == 0

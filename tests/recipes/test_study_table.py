@@ -1,0 +1,48 @@
+"""What the README and the recipes say of themselves is what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes import parse, study
+from recipes.study_table import FAMILIES, families_file, markdown
+
+README = Path(__file__).parents[2] / "README.md"
+FOUND = {name: told for name, told in study.stored(study.RESULTS).items() if name != FAMILIES}
+
+
+def test_the_table_of_the_readme_is_made_of_the_stored_results():
+    """Write it with `mmdit study table`."""
+    block = README.read_text(encoding="utf-8").split("<!-- recipes -->\n")[1].split("\n<!-- /recipes -->")[0]
+    assert block == markdown(study.RESULTS)
+
+
+@pytest.mark.parametrize("name", parse.names())
+def test_a_recipe_is_checked_where_its_study_was_shown(name):
+    status, told = parse.load(name).status, FOUND.get(name)
+    assert (status == "checked") == (told is not None and study.verdict(told) == "shown")
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_stored_result_is_of_the_study_as_it_stands(name):
+    plan, told = study.load(name), FOUND[name]
+    assert told["claim"] == plan.claim
+    assert told["recipe"] == plan.recipe
+    assert [
+        {key: one[key] for key in measure.model_dump()}
+        for one, measure in zip(told["measures"], plan.measures, strict=True)
+    ] == [measure.model_dump() for measure in plan.measures]
+    assert len(told["seeds"]) >= 20
+
+
+def test_every_recipe_was_tried_on_every_family():
+    assert set(families_file(study.RESULTS)) == set(parse.names()) - {"record"}
+
+
+@pytest.mark.parametrize("name", study.names())
+def test_a_study_is_of_a_recipe_that_is_there(name):
+    plan = study.load(name)
+    assert plan.recipe in parse.names()
+    assert plan.measures
