@@ -1,42 +1,32 @@
-"""The table of the README: what each shipped recipe is, where it runs, and what its study found. No torch."""
+"""The table of the README: what each shipped recipe is, what it needs, and what its study found. No torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recipes import parse, study
+from recipes.meaning import needs
 from recipes.recipe import Recipe
 
-FAMILIES = "families"
-"""Name of the file beside the results that says which recipe runs on which family; the tests write it."""
-
-_HEAD = ("recipe", "source", "runs on", "measured", "with it", "without", "in a wrong place")
+_HEAD = ("recipe", "source", "needs", "measured", "with it", "without", "in a wrong place")
 
 
 def markdown(results: Path) -> str:
     """One line per shipped recipe, from the stored results in a folder."""
     found = study.stored(results)
-    runs = found.pop(FAMILIES, {})
     lines = [_line(_HEAD), _line(["---"] * len(_HEAD))]
     for name in parse.names():
         recipe = parse.load(name)
         told = found.get(name)
-        lines += [_line([f"`{name}`", recipe.source, _families(runs.get(name, {})), *_numbers(recipe, told)])]
+        lines += [_line([f"`{name}`", recipe.source, _needs(recipe), *_numbers(recipe, told)])]
     return "\n".join(lines)
 
 
-def families_file(results: Path) -> dict[str, dict[str, bool]]:
-    """Which recipe runs on which family, as stored."""
-    path = results / f"{FAMILIES}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _families(runs: Mapping[str, bool]) -> str:
-    there = [family for family, can in runs.items() if can]
-    return "all six" if runs and len(there) == len(runs) else ", ".join(there)
+def _needs(recipe: Recipe) -> str:
+    told = {"loop": "our own loop", "RoPE": "RoPE", "two prompts": ""}
+    return ", ".join(filter(None, (told[need] for need in needs(recipe))))
 
 
 def _numbers(recipe: Recipe, told: Mapping[str, Any] | None) -> list[str]:

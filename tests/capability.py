@@ -127,9 +127,8 @@ class Results:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --write-table and --write-families."""
+    """Add --write-table."""
     parser.addoption("--write-table", action="store_true", help="write the table of families into README.md")
-    parser.addoption("--write-families", action="store_true", help="store which recipe runs on which family")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -56,13 +56,14 @@ class Settling(Compared):
         before, now = self._before.pop(place, None), map_of(entry, self.keys)
         if entry.site.step != self._last:
             self._before[place] = Map(*(x.clone() for x in now))
-        return None if before is None else self.compare(*_level(before, now), entry.scale, entry.rows)
+        return None if before is None else self._compared(before, now, entry)
+
+    def _compared(self, before: Map, now: Map, entry: Entry) -> dict[str, Tensor]:
+        width = max(before.q.shape[-1], now.q.shape[-1])
+        return self.compare(_of(width, before), _of(width, now), entry.scale, entry.rows)
 
 
-def _level(*maps: Map) -> list[Map]:
-    """Of one width: edits may add channels to q and k, and zeros change no logit."""
-    width = max(one.q.shape[-1] for one in maps)
-    return [
-        one._replace(**{side: F.pad(x, (0, width - x.shape[-1])) for side, x in (("q", one.q), ("k", one.k))})
-        for one in maps
-    ]
+def _of(width: int, one: Map) -> Map:
+    """Edits may add channels to q and k; zeros change no logit."""
+    q, k = (F.pad(x, (0, width - x.shape[-1])) for x in (one.q, one.k))
+    return Map(q, k, one.lse)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from recipes import parse, study
-from recipes.study_table import FAMILIES, families_file, markdown
+from recipes.study_table import markdown
 
 README = Path(__file__).parents[2] / "README.md"
-FOUND = {name: told for name, told in study.stored(study.RESULTS).items() if name != FAMILIES}
+FOUND = study.stored(study.RESULTS)
 
 
 def test_the_table_of_the_readme_is_made_of_the_stored_results():
@@ -35,10 +35,6 @@ def test_a_stored_result_is_of_the_study_as_it_stands(name):
         for one, measure in zip(told["measures"], plan.measures, strict=True)
     ] == [measure.model_dump() for measure in plan.measures]
     assert len(told["seeds"]) >= 20
-
-
-def test_every_recipe_was_tried_on_every_family():
-    assert set(families_file(study.RESULTS)) == set(parse.names()) - {"record"}
 
 
 @pytest.mark.parametrize("name", study.names())
