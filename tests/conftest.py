@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared on the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # toys are so small that a second thread only waits
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
