@@ -36,7 +36,8 @@ def test_interrupt_in_the_middle(toy, tmp_path):
         str(out),
     ]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  # a background shell ignores it
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while child.poll() is None and len(list(out.glob("steps/*.h5"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
