@@ -75,14 +75,17 @@ def inside(area: Area | None, call: AttentionCall, entry: int, side: Side = "row
     return found
 
 
-def gate_of(gate: Gate | None, call: AttentionCall, entry: int) -> Tensor:
+def gate_of(gate: Gate | None, call: AttentionCall, entry: int, side: Side = "rows") -> Tensor:
     """Weights [N] in [0, 1] for the rows of an entry, in the dtype of its tensors; 1 for None, 0 on text for a mask of
-    the video.
+    the video. For the columns [M] likewise; where these are other tokens than the rows (cross attention), weights of
+    the video are 0 there.
 
     Raises:
         UsageError: a tensor of another size than the rows or the grid.
     """
     rows, dtype = call.rows, call.q.dtype
+    if isinstance(gate, Tensor) and side == "columns" and rows != call.columns:
+        return torch.zeros(call.columns.total, dtype=dtype, device=call.q.device)
     if isinstance(gate, Tensor):
         flat = gate.reshape(-1).to(call.q.device, dtype)
         if len(flat) == rows.total:
@@ -94,8 +97,8 @@ def gate_of(gate: Gate | None, call: AttentionCall, entry: int) -> Tensor:
             )
         return _on_video(flat, rows)
     if gate is None or isinstance(gate, Region):
-        return inside(gate, call, entry).to(dtype)
-    return gate.inside(call, entry, "rows").to(dtype)
+        return inside(gate, call, entry, side).to(dtype)
+    return gate.inside(call, entry, side).to(dtype)
 
 
 def _on_video(flat: Tensor, rows: TokenLayout) -> Tensor:

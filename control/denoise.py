@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from control.adapter import Loop
-from control.guide import Guide
+from control.guide import Guide, passes
 from control.latent import LatentEdit, Moment
 from probe.clock import Clock
 from probe.errors import UsageError
@@ -114,7 +114,7 @@ class Lockstep:
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """The guided model output, [P, F, C, H, W] float32."""
         halves = [self.text] if self.negative is None else [self.negative, self.text]
-        weights = self._weights(step)
+        weights = self._passes(step)
         rows = [row for _, row in weights]
         if self.clock is not None:
             self.clock.tell(step, self.loop.steps, self.branches(step))
@@ -131,28 +131,19 @@ class Lockstep:
 
     def branches(self, step: int) -> list[Branch]:
         """The batch of a step, in order."""
-        shown = self.shown or tuple(Branch(prompt=i) for i in range(len(self.text)))
+        shown = self._shown()
         unconditional = [] if self.negative is None else [replace(branch, guided=False) for branch in shown]
-        return [*unconditional, *shown, *(replace(shown[row], role=role) for role, row in self._weights(step))]
+        return [*unconditional, *shown, *(replace(shown[row], role=role) for role, row in self._passes(step))]
 
     def clip_forwards(self) -> list[int]:
         """Transformer evaluations of single clips in each step, both guidance halves and perturbed passes."""
         return [len(self.branches(step)) for step in range(self.loop.steps)]
 
-    def _weights(self, step: int) -> dict[tuple[str, int], float]:
-        """The weight of each perturbed entry of a step, by its role and the row of its plain one."""
-        prompts = [branch.prompt for branch in self.shown] or list(range(len(self.text)))
-        total: dict[tuple[str, int], float] = {}
-        for one in self.guides:
-            weights = one.weights(step, self.loop.steps, max(prompts) + 1)
-            for row, prompt in enumerate(prompts):
-                if prompt in weights:
-                    total[one.role, row] = total.get((one.role, row), 0.0) + weights[prompt]
-        return {entry: weight for entry, weight in total.items() if weight}
+    def _shown(self) -> tuple[Branch, ...]:
+        return self.shown or tuple(Branch(prompt=i) for i in range(len(self.text)))
 
-
-Guided = Lockstep
-"""Classifier-free guidance alone: a Lockstep without guides."""
+    def _passes(self, step: int) -> dict[tuple[str, int], float]:
+        return passes(self.guides, self._shown(), step, self.loop.steps)
 
 
 def guide(output: Tensor, scale: float) -> Tensor:

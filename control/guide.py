@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from control.strength import Strength, strength_at
 from probe.errors import UsageError
-from probe.site import Span, chosen
+from probe.site import Branch, Span, chosen
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,19 @@ class Guide:
         """
         weight = strength_at(self.weight, step, steps) if step in chosen(self.steps, steps) else 0.0
         return {prompt: weight for prompt in chosen(self.prompts, prompts) if weight}
+
+
+def passes(guides: Sequence[Guide], shown: Sequence[Branch], step: int, steps: int) -> dict[tuple[str, int], float]:
+    """The perturbed clips of a step: the weight of each by its role and the place of its plain one in `shown`. Guides
+    of one role share a pass; where they cancel there is none.
+
+    Raises:
+        UsageError: a step or prompt that the run does not have.
+    """
+    total: dict[tuple[str, int], float] = {}
+    for one in guides:
+        weights = one.weights(step, steps, max(branch.prompt for branch in shown) + 1)
+        for row, branch in enumerate(shown):
+            if branch.prompt in weights:
+                total[one.role, row] = total.get((one.role, row), 0.0) + weights[branch.prompt]
+    return {entry: weight for entry, weight in total.items() if weight}

@@ -14,7 +14,6 @@ from control.bank import Given
 from probe.call import AttentionCall
 from probe.errors import PlanError, UsageError
 from probe.layout import Grid, TokenLayout
-from probe.region import Region
 
 Numbers = Tensor | NDArray | Sequence[int]
 """For each video token of a target the one of its source, counted from 0 in the order of the grid; -1: its own."""
@@ -64,7 +63,7 @@ def weight_of(
     layout: TokenLayout = getattr(call, side)
     weight = inside(rows, call, entry, side).to(call.q.dtype)
     if gate is not None:
-        weight = weight * _gate(gate, call, entry, side)
+        weight = weight * gate_of(gate, call, entry, side)
     if partners is not None:
         taken = torch.full_like(weight, float(partners.text))
         if layout.video:
@@ -141,13 +140,3 @@ def _turned(
         )
     here = coordinates(mine, torch.arange(mine.size, device=tensor.device))
     return call.rope.turn(tensor, (here - coordinates(theirs, partners.index)).float(), heads)
-
-
-def _gate(gate: Gate, call: AttentionCall, entry: int, side: Side) -> Tensor:
-    """Weights of the rows; of the columns where these are other tokens (cross attention)."""
-    if call.rows == call.columns or side == "rows":
-        return gate_of(gate, call, entry)
-    if isinstance(gate, Tensor):  # of the video, which has no keys here
-        return torch.zeros(call.columns.total, dtype=call.q.dtype, device=call.q.device)
-    found = inside(gate, call, entry, side) if isinstance(gate, Region) else gate.inside(call, entry, side)
-    return found.to(call.q.dtype)

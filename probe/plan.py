@@ -42,6 +42,7 @@ class Handler(ABC):
     touches: frozenset[str] = frozenset()
     rank: int = 0
     composes: bool = False
+    rows: object = None
     kinds: frozenset[str] | None = None
     needs_lse: bool = False
     in_parts: bool = False
@@ -211,9 +212,7 @@ class Plan:
             return False
         a, b = one.where, other.where
         pairs = ((a.branches, b.branches), (a.heads, b.heads), (a.turns, b.turns))
-        addressed = all(
-            type(h).extent is not Handler.extent and getattr(h, "rows", None) is not None for h in (one, other)
-        )
+        addressed = one.rows is not None and other.rows is not None
         if addressed or any(x is not None and y is not None and x != y for x, y in pairs):
             return False  # told apart, or refused when a call shows that they overlap
         if a.kinds is not None and b.kinds is not None and not set(a.kinds) & set(b.kinds):

@@ -67,15 +67,19 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]
 
 
+def drawn(shape: Shape, entries: int, device: str, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Random q, k, v [entries, H, N, D] whose logits have a standard deviation of about 2."""
+    size = (entries, shape.text + shape.grid.size, shape.heads, shape.width)
+    q, k, v = (torch.randn(size, generator=generator).transpose(1, 2) for _ in "qkv")
+    return [tensor.to(device=device, dtype=dtype) for tensor in (q * 2, k, v)]
+
+
 class Bench:
     """One random attention call and the methods to time on it; logits have a standard deviation of about 2."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         self.shape, self.layout = shape, TokenLayout("text-video", shape.text, shape.grid)
-        generator = torch.Generator().manual_seed(0)
-        size = (1, self.layout.total, shape.heads, shape.width)
-        made = [torch.randn(size, generator=generator).transpose(1, 2) for _ in range(3)]
-        self.tensors = [tensor.to(device=device, dtype=dtype) for tensor in (made[0] * 2, made[1], made[2])]
+        self.tensors = drawn(shape, 1, device, dtype, torch.Generator().manual_seed(0))
         self.prompt = prompt_of(shape.text)
         self.current = self.call(*self.tensors)
 

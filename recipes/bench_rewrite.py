@@ -32,7 +32,7 @@ from probe.plan import Handler, Plan
 from probe.site import Branch, Site
 from recipes import bench_usual as usual
 from recipes.bench import Method
-from recipes.bench_attention import NAIVE_KEYS, Shape, prompt_of
+from recipes.bench_attention import NAIVE_KEYS, Shape, drawn, prompt_of
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7)
 """Shares of the video inside a mask, for the curve of mask-guided sharing."""
@@ -55,9 +55,7 @@ class Bench:
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         self.layout, self.prompt = TokenLayout("text-video", shape.text, shape.grid), prompt_of(shape.text)
         rng = torch.Generator().manual_seed(0)
-        size = (2, self.layout.total, shape.heads, shape.width)
-        made = [torch.randn(size, generator=rng).transpose(1, 2) for _ in "qkv"]
-        self.tensors = [tensor.to(device=device, dtype=dtype) for tensor in (made[0] * 2, made[1], made[2])]
+        self.tensors = drawn(shape, 2, device, dtype, rng)
         self.masks = {share: torch.rand(shape.grid.shape, generator=rng) < share for share in FRACTIONS}
 
     def methods(self) -> list[Method]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from control.best_band import BestBand
+from control.between import Between
 from control.bias import Bias, BiasTable
 from control.closed_form import Identity, Sharpest, Uniform
 from control.edit import Edit
@@ -30,7 +31,6 @@ from probe.errors import UsageError
 from probe.plan import Handler
 from recipes import operator as spec
 from recipes import registry
-from recipes.between import Between
 from recipes.build_source import mapping_of, source_of
 from recipes.context import Context
 from recipes.source import PREVIOUS

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from control.guide import passes
 from ditctrl import sharing
 from probe.plan import Handler, Plan
 from probe.readout.base import Readout
@@ -60,13 +61,8 @@ def _conditional(job: Job, made: Program, step: int) -> list[Branch]:
     """The conditional branches of a step, perturbed passes among them."""
     if job.segments is not None:
         return sharing.branches(job.segments, job.window, step)
-    count = len(job.recipe.texts)
-    plain = job.cut.shown if job.cut else tuple(Branch(prompt=i) for i in range(count))
-    pushed = dict.fromkeys(
-        (guide.role, prompt) for guide in made.guides for prompt in guide.weights(step, job.steps, count)
-    )
-    perturbed = [replace(one, role=role) for role, prompt in pushed for one in plain if one.prompt == prompt]
-    return [*plain, *perturbed]
+    plain = job.cut.shown if job.cut else tuple(Branch(prompt=i) for i in range(len(job.recipe.texts)))
+    return [*plain, *(replace(plain[row], role=role) for role, row in passes(made.guides, plain, step, job.steps))]
 
 
 def clip_forwards(job: Job, made: Program) -> list[int]:

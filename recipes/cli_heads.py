@@ -54,14 +54,11 @@ def search(
     import json
 
     from recipes import hunt
-    from recipes.job import prepare
-    from recipes.parse import load
     from recipes.studio import Studio
 
     plan = hunt.load(name)
-    size = prepare(load(plan.recipe)).size
-    counts = {"layers": size.layers, "heads": size.heads}
-    found = hunt.search(plan, range(first, first + seeds), Studio(plan.recipe), counts)
+    studio = Studio(plan.recipe)
+    found = hunt.search(plan, range(first, first + seeds), studio, studio.counts)
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if format == "json":

@@ -27,15 +27,13 @@ def run(
 ) -> None:
     """Run studies and store what they find as JSON, one file each."""
     from recipes import study
-    from recipes.job import prepare
-    from recipes.parse import load
     from recipes.studio import Studio
 
     plans = {Path(name).stem: study.load(name) for name in names}
     for name, plan in plans.items():
-        size = prepare(load(plan.recipe)).size
-        arms = study.arms_of(plan, {"layers": size.layers, "heads": size.heads})
-        make = _watched(Studio(plan.recipe), name, len(arms) * seeds, format == "json")
+        studio = Studio(plan.recipe)
+        arms = study.arms_of(plan, studio.counts)
+        make = _watched(studio, name, len(arms) * seeds, format == "json")
         found = study.carry_out(plan, range(first, first + seeds), make, arms)
         study.write(results or study.RESULTS, name, found)
         console.table(f"{name}: {plan.claim}", study.rows({name: found}), format)

@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from control.search import greedy
-from probe.errors import UsageError
-from recipes import effect
-from recipes.include import text_of
-from recipes.parse_error import error_of
-from recipes.parse_tree import Origin, read
+from recipes import effect, plan_file
 from recipes.part import Count, Name, Part
 from recipes.study import Make, Measure
 
@@ -26,7 +22,7 @@ Place = tuple[int, ...]
 """(layer,) or (layer, head)."""
 
 
-class Hunt(Part):
+class Search(Part):
     """What to search, and by which measure. The recipe takes what is tried from `variable`: [[layer, head], ...] for
     `places` over heads, {only: [layer, ...]} for `layers` over layers.
     """
@@ -44,27 +40,20 @@ class Hunt(Part):
 
 def names() -> tuple[str, ...]:
     """The searches by name."""
-    return tuple(sorted(file.stem for file in SEARCHES.glob("*.yaml")))
+    return plan_file.names(SEARCHES)
 
 
-def load(name: str) -> Hunt:
+def load(name: str) -> Search:
     """A search by its name or file.
 
     Raises:
         UsageError: no such search.
         RecipeError: its file is not a search.
     """
-    path = SEARCHES / f"{name}.yaml" if name in names() else Path(name)
-    if not path.is_file():
-        raise UsageError(f"A search must be a name or a YAML file. Got {name}. There are {', '.join(names())}.")
-    tree = read(text_of(path), Origin(path.name, path.parent))
-    try:
-        return Hunt.model_validate(tree.plain)
-    except ValidationError as error:
-        raise error_of(error, tree) from error
+    return plan_file.load(Search, name, SEARCHES)
 
 
-def search(hunt: Hunt, seeds: Sequence[int], make: Make, counts: Mapping[str, int]) -> dict[str, Any]:
+def search(hunt: Search, seeds: Sequence[int], make: Make, counts: Mapping[str, int]) -> dict[str, Any]:
     """Score each layer or head with what was chosen so far and keep the best, as often as the search says; `counts` are
     the layers and heads of the model. A score is the mean of the measure over seeds.
 
@@ -115,6 +104,6 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _taken(hunt: Hunt, tried: Sequence[Place]) -> dict[str, Any]:
+def _taken(hunt: Search, tried: Sequence[Place]) -> dict[str, Any]:
     value = [list(place) for place in tried] if hunt.over == "heads" else {"only": [place[0] for place in tried]}
     return {f"variables.{hunt.variable}": value}

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,18 @@ class Loaded:
     readouts: tuple[Readout, ...]
     prompts: tuple[Prompt, ...]
     text: torch.Tensor
-    info: dict[str, Any]
     began: float
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """What run.json says of the run, and what a resumed one must find again."""
+        scheduler = self.loop.scheduler
+        return {
+            **provenance(self.loop.pipe),
+            **told(self.job),
+            **self.job.resolved(),
+            "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
+        }
 
     def start(self) -> State:
         """Pure noise; the stock loop keeps latents in the text's dtype, DiTCtrl in float32."""
@@ -100,18 +111,7 @@ def opened(job: Job, made: Program, load: Callable[[], Any]) -> Loaded:
     traced = trace(loop.pipe, *made.handlers, *looks)
     prompts = traced.tokenize(texts)
     traced.plan(job.steps, prompts)  # refuses what cannot work before a folder is made
-    return Loaded(job, made, loop, traced, looks, prompts, loop.encode(texts), _info(job, loop), began)
-
-
-def _info(job: Job, loop: Loop) -> dict[str, Any]:
-    """What run.json says of the run, and what a resumed one must find again."""
-    scheduler = loop.scheduler
-    return {
-        **provenance(loop.pipe),
-        **told(job),
-        **job.resolved(),
-        "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
-    }
+    return Loaded(job, made, loop, traced, looks, prompts, loop.encode(texts), began)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from probe.provenance import where_from
 from probe.recorder import Recorder
 from probe.show import finish_video
 from probe.store import Run, RunWriter, refuse_taken
-from recipes import kept, parse, resume, stock
+from recipes import kept, resume, stock
 from recipes.catalogue import clip_forwards, interventions
 from recipes.job import Job, prepare
 from recipes.loaded import Loaded, opened, out_of_memory
@@ -58,7 +58,7 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
             kept.write(made, out)
             return run
     loaded = opened(job, made, lambda: _load(job, place or Place()))
-    writer = RunWriter.create(out, loaded.info, parse.dump(recipe), force)
+    writer = RunWriter.create(out, loaded.info, loaded.info["recipe_text"], force)
     return _carry_out(loaded, writer, loaded.start(), quiet)
 
 

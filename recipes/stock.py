@@ -7,7 +7,6 @@ from typing import Any
 
 from probe.recorder import generate
 from probe.store import Run
-from recipes import parse
 from recipes.catalogue import readouts
 from recipes.job import Job
 from recipes.program import Program
@@ -27,7 +26,7 @@ def execute(job: Job, made: Program, pipe: Any, out: Path, force: bool, quiet: b
     Raises:
         MmditError: with one sentence; finished steps stay readable, and run.json says failed or interrupted.
     """
-    recipe = job.recipe
+    recipe, info = job.recipe, told(job)
     return generate(
         pipe,
         dict(zip(recipe.prompt_names, recipe.texts, strict=True)),
@@ -37,8 +36,8 @@ def execute(job: Job, made: Program, pipe: Any, out: Path, force: bool, quiet: b
         seed=recipe.sampler.seed,
         shared=recipe.sampler.noise == "shared",
         force=force,
-        recipe=parse.dump(recipe),
-        info=told(job),
+        recipe=info["recipe_text"],
+        info=info,
         show=show(job),
         quiet=quiet,
         call=call_of(job),

@@ -53,6 +53,12 @@ class Studio:
         self._made: dict[str, Made] = {}
         self._decoded: dict[bytes, Clip] = {}
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Layers and heads of the recipe's model."""
+        size = prepare(parse.load(self.recipe)).size
+        return {"layers": size.layers, "heads": size.heads}
+
     def __call__(self, overrides: Mapping[str, Any], seed: int) -> Made:
         """What the recipe makes from a seed; `overrides` as `--set` takes them, with values for texts. Asked again, it
         is not made again.

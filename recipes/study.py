@@ -4,7 +4,6 @@ place. Results are stored as JSON; the table in the README is made of them. No t
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from scipy.stats import bootstrap
 
 from probe.errors import UsageError
-from recipes import effect
-from recipes.include import text_of
-from recipes.parse_error import error_of
-from recipes.parse_tree import Origin, read
+from recipes import effect, plan_file
 from recipes.part import Part
 
 STUDIES = Path(__file__).parent / "studies"
@@ -71,7 +67,7 @@ class Study(Part):
 
 def names() -> tuple[str, ...]:
     """The studies by name."""
-    return tuple(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+    return plan_file.names(STUDIES)
 
 
 def load(name: str) -> Study:
@@ -81,16 +77,7 @@ def load(name: str) -> Study:
         UsageError: no such study.
         RecipeError: its file is not a study.
     """
-    path = STUDIES / f"{name}.yaml" if name in names() else Path(name)
-    if not path.is_file():
-        near = difflib.get_close_matches(name, names(), 1)
-        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(names()) or 'none'}."
-        raise UsageError(f"A study must be a name or a YAML file. Got {name}. {hint}")
-    tree = read(text_of(path), Origin(path.name, path.parent))
-    try:
-        return Study.model_validate(tree.plain)
-    except ValidationError as error:
-        raise error_of(error, tree) from error
+    return plan_file.load(Study, name, STUDIES)
 
 
 def arms_of(study: Study, counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:

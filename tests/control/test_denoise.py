@@ -6,7 +6,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 import probe
 from control.adapter import Loop
-from control.denoise import Guided, Lockstep, State, denoise
+from control.denoise import Lockstep, State, denoise
 from control.schedule import dynamic_guidance
 from probe.errors import UsageError
 from probe.site import Branch
@@ -42,7 +42,7 @@ def ours(
         kept[state.step] = state
 
     scale = (lambda t: dynamic_guidance(t, steps, guidance)) if dynamic else (lambda t: guidance)
-    drive = lambda clock: denoise(loop, Guided(loop, text, negative, scale, clock), start, keep)  # noqa: E731
+    drive = lambda clock: denoise(loop, Lockstep(loop, text, negative, scale, clock), start, keep)  # noqa: E731
     done = probe.trace(pipe, *handlers).run(drive, prompts)
     return loop, (kept[until] if until else done)
 

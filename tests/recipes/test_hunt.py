@@ -11,7 +11,7 @@ from probe.errors import UsageError
 from recipes import hunt
 from recipes.cli import main
 from recipes.effect import Made
-from recipes.hunt import Hunt
+from recipes.hunt import Search
 from tests.recipes.line import refused
 
 MEASURE = {"name": "number", "want": "higher", "arguments": {"name": "score"}}
@@ -26,7 +26,7 @@ def planted(overrides, seed):
 
 
 def planned(**more):
-    return Hunt.model_validate({"recipe": "x", "measure": MEASURE, **more})
+    return Search.model_validate({"recipe": "x", "measure": MEASURE, **more})
 
 
 def searched():

@@ -7,7 +7,7 @@ import torch
 
 import probe
 from control.adapter import Loop
-from control.denoise import Guided, State, denoise
+from control.denoise import Lockstep, State, denoise
 from ditctrl.segment import Segments
 from probe.store import Run
 from recipes import parse, scene
@@ -43,7 +43,7 @@ def cut_between_isolated_clips(prompts, seed):
     clips = []
     for prompt, segment in ((0, 0), (len(prompts) - 1, job.segments.count - 1)):
         own = State(0, start.latents[:, job.segments.window(segment)], None, start.generator)
-        guided = Guided(loop, text[prompt : prompt + 1], torch.zeros_like(text[:1]), job.scale)
+        guided = Lockstep(loop, text[prompt : prompt + 1], torch.zeros_like(text[:1]), job.scale)
         clips.append(loop.decode(denoise(loop, guided, own).latents)[0])
     return step_sizes(np.stack([clips[0][-1], clips[1][0]]))[0]
 
