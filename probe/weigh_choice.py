@@ -22,8 +22,8 @@ from probe.weigh_table import Table, place_of, table_of
 
 Way = Callable[[Part, Table], State]
 
-_ROWS, _KEYS = 60, 60
-"""What a fused attention costs besides its rows and keys, in rows and keys."""
+_ROWS, _KEYS = 60, 110
+"""What a fused attention costs besides its rows and keys, in rows and keys; with the merge of its output (CPU)."""
 
 _MASKED, _EXPLICIT = 1.5, 12.0
 """What attention with a mask, and by explicit weights, cost as multiples of the plain one."""
