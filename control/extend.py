@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,14 @@ from torch import Tensor
 
 from control.address import Area, inside
 from control.bank import Given
-from control.edit import Edit
-from control.source import Ask, Constant, Itself, OfBranch, Peer, Source, source_of
+from control.source import Ask, Constant, Itself, OfBranch, Peer, Source
+from control.taking import Taking
 from probe import attend
 from probe.call import AttentionCall
 from probe.change import Added
-from probe.errors import LayoutError, PlanError, UsageError
+from probe.errors import LayoutError, UsageError
 from probe.layout import TokenLayout
 from probe.region import Region, video
-from probe.site import Branch, Which
 from probe.word import Prompt
 
 _ALL = video() | ~video()
@@ -28,7 +26,7 @@ _ALL = video() | ~video()
 
 
 @dataclass(eq=False)
-class Extend(Edit):
+class Extend(Taking):
     """softmax over [L, L' + bias + log strength], L' = q k', with keys k' and values v' of the `columns` of a source:
     the odds of the added columns are multiplied by exp(bias) and by the strength.
 
@@ -70,51 +68,12 @@ class Extend(Edit):
             raise UsageError(
                 f"A pool must be (frames, rows, columns) of 1 or more. Got {self.pool}. CLEAR uses (1, 4, 4)."
             )
-        self._from, self._prompts, self._aims = source_of(self.source), 0, self.where.branches
+        self.takes("kv")
         self._area = _ALL if self.columns is None else self.columns
         if isinstance(self._from, Constant) and isinstance(self._from.value, Tensor) and self._from.value.dim() > 2:
             raise UsageError(
                 "A constant key must have a value [D] or [H, D]. Got one for each token. Add a single key."
             )
-        if self.target is not None:
-            mine, chosen = Which(prompt=self.target), self.where.branches
-            self._aims = mine if chosen is None else (lambda branch: mine(branch) and chosen(branch))
-        if self._aims is not None and self._from.early:  # sources in calls of their own are served too
-            self.where = replace(self.where, branches=lambda branch: self._is_target(branch) or self._may_give(branch))
-
-    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
-        """Forget the last run.
-
-        Raises:
-            PlanError: a source or target that is no prompt of the run.
-        """
-        super().begin(prompts, steps, layers)
-        self._prompts = len(prompts)
-        of = self._from.of if isinstance(self._from, Peer) else None
-        for prompt in (self.target, of):
-            if prompts and isinstance(prompt, int) and not 0 <= prompt < len(prompts):
-                raise PlanError(
-                    f"An Extend must name prompts of its run, 0 to {len(prompts) - 1}. Got {self}. Pass the prompts of "
-                    "source and target in one call."
-                )
-        self._from.begin()
-
-    def end(self) -> None:
-        """Let go of what the source kept."""
-        self._from.end()
-
-    def extent(self, call: AttentionCall, row: int) -> Tensor | None:
-        """bool [N]: the rows that see the added keys; none of a branch that is only a source."""
-        seen = inside(self.rows, call, row)
-        return seen if self._is_target(call.branches[row]) else torch.zeros_like(seen)
-
-    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
-        """Add keys to the targets of a call, and let the source keep what targets of later calls take."""
-        targets = tuple(row for row in rows if self._is_target(call.branches[row]))
-        if self.amount(call):
-            givers = tuple(row for row, branch in enumerate(call.branches) if self._may_give(branch))
-            self._from.watch(call, Ask("kv", self.heads(call)), givers, targets)
-        super().serve(call, targets)
 
     def apply(self, call: AttentionCall, entry: int, amount: float) -> None:
         """Add the keys and values of the source to one entry."""
@@ -151,21 +110,11 @@ class Extend(Edit):
             return k[:, columns], v[:, columns]
         return _pooled(k, columns, given.columns, self.pool), _pooled(v, columns, given.columns, self.pool)
 
-    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
-        """Whether there is a target among the entries, not only sources of later ones."""
-        return any(self._is_target(call.branches[row]) for row in rows)
-
     def _ask(self, call: AttentionCall) -> Ask:
         return Ask("kv", self.heads(call), self._area)
 
     def _is_itself(self, call: AttentionCall, entry: int, given: Given) -> bool:
         return isinstance(self._from, Peer) and (given.site, given.branch) == (call.site, call.branches[entry])
-
-    def _is_target(self, branch: Branch) -> bool:
-        return self._aims is None or self._aims(branch)
-
-    def _may_give(self, branch: Branch) -> bool:
-        return self._from.may_give(branch, self._is_target, self._prompts)
 
     def __str__(self) -> str:
         pool = "" if self.pool is None else f" pooled by {'x'.join(map(str, self.pool))}"

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from control.address import Gate, inside
+from control.address import Gate
 from control.bank import NAMES, Given, refuse_names
-from control.edit import Edit
 from control.match import Match
 from control.place import Numbers, Partners, partners_of, placed, refuse_misfit, weight_of
-from control.source import Ask, Itself, OfBranch, Peer, Source, source_of
+from control.source import Ask, Itself, OfBranch, Peer, Source
+from control.taking import Taking
 from probe.call import AttentionCall
 from probe.entry import index_of
-from probe.errors import PlanError, UsageError
+from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
 from probe.region import Region
-from probe.site import JOINT, Branch, Which
-from probe.word import Prompt
+from probe.site import JOINT
 
 Mapping = Match | Numbers | Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Transfer(Edit):
+class Transfer(Taking):
     """X[r] <- (1 - g_r) X[r] + g_r X_source[pi(r)] for each X of `tensors`, at the rows r and the heads selected.
 
     `tensors`: any of q, k, v, as in "kv": keys and values shared, the target keeps its own queries (DiTCtrl's KV
@@ -72,57 +71,24 @@ class Transfer(Edit):
             self.stage, self.rank = Stage.MERGE, 3
         self.touches = frozenset(NAMES[name] for name in self.tensors)
         self._moves = _moves(self.mapping)
-        if isinstance(self.mapping, Match) and self.mapping.features in "kv":
+        if not isinstance(self.mapping, Match):
+            self.takes(self.tensors)
+            return
+        features = self.mapping.features
+        if features in "kv":
             self.kinds = JOINT | {"self"}  # the keys of cross attention are no video
-        self._from, self._prompts = source_of(self.source), 0
-        self._needs = self._sources()
-        self._aims = _both(self.where.branches, None if self.target is None else Which(prompt=self.target))
-        early = any(source.early for source, _ in self._needs)  # then calls with sources alone are served too
-        self.where = replace(self.where, branches=self._concerns if early and self._aims else self._aims)
+        compared = features if self.mapping.source is None else ""
+        needed = "".join(dict.fromkeys(self.tensors + compared))
+        self.takes(needed, *((source, features) for source in self.mapping.sources))
 
     def __str__(self) -> str:
         target = "" if self.target is None else f" to prompt {self.target}"
         more = [str(one) for one in (self.rows, self.mapping) if isinstance(one, Region | Match)]
         return f"Transfer({', '.join([f'{self.tensors} from {self._from}{target}', *more])})"
 
-    def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
-        """Forget the last run.
-
-        Raises:
-            PlanError: the source or the target is no prompt of the run.
-        """
-        super().begin(prompts, steps, layers)
-        self._prompts = len(prompts)
-        named = (self.target, self._from.of if isinstance(self._from, Peer) else None)
-        if prompts and not all(0 <= one < len(prompts) for one in named if isinstance(one, int)):
-            raise PlanError(
-                f"A Transfer must name prompts of its run, 0 to {len(prompts) - 1}. Got {self}. Pass the prompts of "
-                "source and target in one call."
-            )
-        for source, _ in self._needs:
-            source.begin()
-
-    def end(self) -> None:
-        """Let go of what sources kept for the next call."""
-        for source, _ in self._needs:
-            source.end()
-
     def cost(self, layout: TokenLayout) -> float:
         """None but for a Match, which compares all video tokens: half of an attention among them."""
         return 0.5 * (layout.grid.size / layout.total) ** 2 if isinstance(self.mapping, Match) else 0.0
-
-    def extent(self, call: AttentionCall, row: int) -> Tensor | None:
-        """bool [N]: the rows it changes; none of a branch that is only a source."""
-        changed = inside(self.rows, call, row)
-        return changed if self._is_target(call.branches[row]) else torch.zeros_like(changed)
-
-    def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:
-        """Let sources keep what targets of later calls take, and change the targets of this one."""
-        targets = tuple(row for row in rows if self._is_target(call.branches[row]))
-        for source, names in self._needs if self.amount(call) else ():
-            givers = tuple(row for row, branch in enumerate(call.branches) if self._may_give(source, branch))
-            source.watch(call, Ask(names, self.heads(call)), givers, targets)
-        super().serve(call, targets)
 
     def apply(self, call: AttentionCall, entry: int, amount: float) -> None:
         """Write the source's rows into the tensors of one entry."""
@@ -142,29 +108,6 @@ class Transfer(Edit):
                 theirs = torch.lerp(tensor[entry, index], theirs, amount)
             tensor[entry, index] = theirs
 
-    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
-        """Whether there is a target among the entries, not only sources of later ones."""
-        return any(self._is_target(call.branches[row]) for row in rows)
-
-    def _sources(self) -> tuple[tuple[Source, str], ...]:
-        """All sources and the tensors needed of each, its own first."""
-        if not isinstance(self.mapping, Match):
-            return ((self._from, self.tensors),)
-        features = self.mapping.features
-        more = features if self.mapping.source is None else ""
-        needed = "".join(dict.fromkeys(self.tensors + more))
-        return ((self._from, needed), *((source, features) for source in self.mapping.sources))
-
-    def _is_target(self, branch: Branch) -> bool:
-        return self._aims is None or self._aims(branch)
-
-    def _may_give(self, source: Source, branch: Branch) -> bool:
-        return source.may_give(branch, self._is_target, self._prompts)
-
-    def _concerns(self, branch: Branch) -> bool:
-        """Targets, and sources that may come in earlier calls."""
-        return self._is_target(branch) or any(self._may_give(source, branch) for source, _ in self._needs)
-
     def _is_itself(self, given: Given, call: AttentionCall, entry: int) -> bool:
         here = given.site == call.site and given.branch == call.branches[entry]
         return here and isinstance(self._from, Peer | Itself)
@@ -181,11 +124,3 @@ def _moves(mapping: Mapping | None) -> Match | Tensor | Callable[[Tensor], Tenso
     if mapping is None or isinstance(mapping, Match | Tensor) or callable(mapping):
         return mapping
     return torch.as_tensor(mapping)
-
-
-def _both(
-    one: Callable[[Branch], bool] | None, other: Callable[[Branch], bool] | None
-) -> Callable[[Branch], bool] | None:
-    if one is None or other is None:
-        return one or other
-    return lambda branch: one(branch) and other(branch)

@@ -25,6 +25,9 @@ Way = Callable[[Part, Table], State]
 _ROWS, _KEYS = 60, 110
 """What a fused attention costs besides its rows and keys, in rows and keys; with the merge of its output (CPU)."""
 
+_WIDER = 150
+"""What it costs to make queries and keys with further channels, in keys."""
+
 _MASKED, _EXPLICIT = 1.5, 12.0
 """What attention with a mask, and by explicit weights, cost as multiples of the plain one."""
 
@@ -74,7 +77,7 @@ def _cheapest(table: Table, heads: int, rows: int, keys: int, depth: int, size: 
         wider = 1 + (channels + -(depth + channels) % 8) / depth
         masks = sum(_call(some.stop - some.start, keys) for some in chunks(rows, 4 * keys * heads))
         times = 1 + table.raw
-        offers.append((times * _call(rows, keys * wider), "channels", by_channels))
+        offers.append((times * _call(rows, keys * wider + _WIDER), "channels", by_channels))
         offers.append((times * _MASKED * masks, "masked", masked))
     else:
         offers.append((_EXPLICIT * rows * keys, "explicit rows", _explicit))

@@ -29,11 +29,11 @@ from control.window import Band, Window
 from ditctrl.sharing import share_previous
 from probe.errors import UsageError
 from probe.plan import Handler
-from recipes import operator as spec
-from recipes import registry
 from recipes.build_source import mapping_of, source_of
 from recipes.context import Context
-from recipes.source import PREVIOUS
+from recipes.language import operator as spec
+from recipes.language import registry
+from recipes.language.source import PREVIOUS
 
 AXES = ("frame", "row", "column")
 Build = Callable[[Any, Context], Sequence[Handler]]

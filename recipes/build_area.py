@@ -21,9 +21,9 @@ from probe.errors import UsageError
 from probe.layout import Grid
 from probe.region import Region
 from probe.site import Branch, Where
-from recipes import area as spec
-from recipes import span
-from recipes.maskvalues import array_of
+from recipes.language import area as spec
+from recipes.language import span
+from recipes.language.maskvalues import array_of
 
 PLAIN: Mapping[str, Callable[[], Region]] = {
     "video": region.video,

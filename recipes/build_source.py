@@ -14,10 +14,10 @@ from control.source import Constant, Itself, Peer, Source, Stored
 from probe.errors import UsageError
 from probe.layout import Grid
 from probe.site import Branch, Where
-from recipes import source as spec
 from recipes.build_area import Branches
 from recipes.context import Context
-from recipes.operator import Operation
+from recipes.language import source as spec
+from recipes.language.operator import Operation
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probe.errors import MmditError
-from recipes import cli_heads, cli_read, console
-from recipes.cli_bench import app as bench_app
-from recipes.cli_read import Format
-from recipes.cli_recipes import Sets
-from recipes.cli_recipes import app as recipes_app
-from recipes.cli_study import app as study_app
+from recipes.commands import console, heads, read
+from recipes.commands.bench import app as bench_app
+from recipes.commands.library import Sets
+from recipes.commands.library import app as recipes_app
+from recipes.commands.read import Format
+from recipes.commands.studies import app as study_app
 
 if TYPE_CHECKING:
-    from recipes.recipe import Recipe
+    from recipes.language.recipe import Recipe
 
 app = typer.Typer(
     name="mmdit",
@@ -79,7 +79,7 @@ def record(
 
 
 def _recipe(name: str, sets: list[str] | None, values: dict[str, Any], model: str | None) -> Recipe:
-    from recipes import parse
+    from recipes.language import parse
 
     return parse.load(name, sets or (), values | ({"model": model} if model else {}))
 
@@ -114,8 +114,8 @@ def resume(
     console.facts("done", console.outcome(go_on(folder, format == "json", Place(device, offload))), format)
 
 
-for read in (cli_read.maps, cli_read.mask, cli_read.diff, cli_heads.heads, cli_heads.search):
-    app.command()(read)
+for one in (read.maps, read.mask, read.diff, heads.heads, heads.search):
+    app.command()(one)
 
 
 @app.command()

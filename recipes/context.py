@@ -18,11 +18,11 @@ from probe.layout import TokenLayout
 from probe.plan import Handler
 from probe.region import Region
 from probe.site import Where
-from recipes import area as spec
 from recipes.build_area import PLAIN, Branches, cells, extracted, from_file, joined, on_video, strength_of
-from recipes.operator import Operation
-from recipes.recipe import Recipe
-from recipes.span import Only, Span, chosen
+from recipes.language import area as spec
+from recipes.language.operator import Operation
+from recipes.language.recipe import Recipe
+from recipes.language.span import Only, Span, chosen
 
 
 @dataclass(frozen=True)

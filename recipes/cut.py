@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from control.overlap import Shape, starts_of
 from probe.errors import UsageError
 from probe.site import Branch
-from recipes.recipe import Recipe
+from recipes.language.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 from pydantic import Field
 
 from control.search import greedy
-from recipes import effect, plan_file
-from recipes.part import Count, Name, Part
+from recipes import effect
+from recipes.language import plan_file
+from recipes.language.part import Count, Name, Part
 from recipes.study import Make, Measure
 
 SEARCHES = Path(__file__).parent / "searches"

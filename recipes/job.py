@@ -19,11 +19,11 @@ from probe.show import MAIN
 from probe.site import Branch, Where
 from probe.store_record import ROLES
 from recipes.cut import Cut, cut_of
-from recipes.operator import Transfer
-from recipes.part import Auto
-from recipes.recipe import Recipe
-from recipes.source import PREVIOUS
-from recipes.span import Span, chosen
+from recipes.language.operator import Transfer
+from recipes.language.part import Auto
+from recipes.language.recipe import Recipe
+from recipes.language.source import PREVIOUS
+from recipes.language.span import Span, chosen
 
 
 @dataclass(frozen=True)

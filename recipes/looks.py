@@ -18,7 +18,7 @@ from probe.readout.sparsity import Sparsity
 from probe.readout.token import TokenMass
 from probe.readout.word import Direction, WordMaps
 from probe.site import JOINT, Branch, Where, Which
-from recipes.recipe import Record
+from recipes.language.recipe import Record
 
 MOST_WORDS = 16
 """Word maps of a run that names no words."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from probe.errors import MmditError
 from probe.store import Run
-from recipes import parse
+from recipes.language import parse
 
 OWN = ("format", "schema", "started", "finished", "seconds", "recipe", "recipe_text")
 """What run.json says of every run anew; recipes are compared key by key instead of by their hash."""

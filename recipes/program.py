@@ -15,12 +15,12 @@ from control.reuse import Reuse
 from probe.errors import UsageError
 from probe.plan import Handler, Plan
 from probe.site import Branch, Where, chosen
-from recipes import guide as spec
 from recipes.build import build, of_prompts
 from recipes.build_area import Branches, strength_of
 from recipes.context import Context
-from recipes.operator import Operation, Transfer
-from recipes.source import PREVIOUS
+from recipes.language import guide as spec
+from recipes.language.operator import Operation, Transfer
+from recipes.language.source import PREVIOUS
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from control.denoise import State
 from probe.errors import StoreError
 from probe.store import Run
-from recipes import parse
-from recipes.recipe import Recipe
+from recipes.language import parse
+from recipes.language.recipe import Recipe
 
 SOFTWARE = ("versions", "device", "backend", "threads", "dtype", "model")
 NUMBERS = ("recipe", "steps", "guidance", "overlap", "shared steps", "shared layers")

@@ -22,9 +22,9 @@ from probe.store import Run, RunWriter, refuse_taken
 from recipes import kept, resume, stock
 from recipes.catalogue import clip_forwards, interventions
 from recipes.job import Job, prepare
+from recipes.language.recipe import Recipe
 from recipes.loaded import Loaded, opened, out_of_memory
 from recipes.program import Program
-from recipes.recipe import Recipe
 from recipes.told import show
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from probe.errors import UsageError
 from probe.models.load import load
-from recipes import parse
 from recipes.catalogue import interventions
 from recipes.effect import Clip, Made
 from recipes.job import prepare
 from recipes.kept import masks_of
+from recipes.language import parse
+from recipes.language.recipe import Recipe
 from recipes.loaded import Loaded, opened
-from recipes.recipe import Recipe
 
 
 class Clips(Mapping[str, Clip]):

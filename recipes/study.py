@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 from scipy.stats import bootstrap
 
 from probe.errors import UsageError
-from recipes import effect, plan_file
-from recipes.part import Part
+from recipes import effect
+from recipes.language import plan_file
+from recipes.language.part import Part
 
 STUDIES = Path(__file__).parent / "studies"
 """The studies that come with the recipes."""

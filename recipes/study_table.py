@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes import parse, study
-from recipes.meaning import needs
-from recipes.recipe import Recipe
+from recipes import study
+from recipes.language import parse
+from recipes.language.meaning import needs
+from recipes.language.recipe import Recipe
+
+FAMILIES = study.RESULTS / "families.json"
+"""What every recipe did on each family that runs through its stock pipeline: `RUNS`, or the sentence that refused it."""
+
+RUNS = "runs"
 
 _HEAD = ("recipe", "source", "needs", "measured", "with it", "without", "in a wrong place")
 

@@ -6,8 +6,8 @@ from hashlib import sha256
 from typing import Any
 
 from probe.show import Show
-from recipes import parse
 from recipes.job import Job
+from recipes.language import parse
 
 
 def told(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ RANKS = {"probe": 0, "control": 1, "ditctrl": 2, "recipes": 3, "dashboards": 4}
 DOORS = {
     "nnsight": ("probe/tap.py", "probe/tracer.py"),
     "h5py": ("probe/store*.py",),
-    "yaml": ("recipes/parse*.py",),
+    "yaml": ("recipes/language/parse*.py",),
     "streamlit": ("dashboards/*",),
 }
 
@@ -21,17 +21,14 @@ HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate", "torchme
 
 LIGHT = (
     *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film", "measure", "contrast", "mask")),
-    *(f"recipes/{name}.py" for name in ("recipe", "parse", "scene", "console", "cli", "cli_read", "cli_bench")),
-    *(f"recipes/{name}.py" for name in ("heatmap", "maskfile", "export", "origin", "pair", "compare")),
-    *(f"recipes/{name}.py" for name in ("part", "span", "area", "source", "guide", "meaning", "variable")),
-    *(f"recipes/{name}.py" for name in ("operation", "operator", "operator_tensor", "operator_weight", "registry")),
-    *(f"recipes/{name}.py" for name in ("include", "override", "maskvalues", "parse_tree", "parse_error")),
-    "recipes/cli_recipes.py",
+    "recipes/language/*",
+    "recipes/commands/*",
+    *(f"recipes/{name}.py" for name in ("cli", "scene", "heatmap", "maskfile", "export", "origin", "pair", "compare")),
     "dashboards/*",
 )
 """Files that must be importable without torch."""
 
-LATE = ("recipes/cli.py", "recipes/cli_bench.py")
+LATE = ("recipes/cli.py", "recipes/commands/*")
 """Light files that may import torch inside a function: a command loads what it needs when it runs."""
 
 

@@ -37,7 +37,7 @@ def test_our_packages_are_ours():
 
 
 def test_a_rule_about_a_missing_file_is_noticed():
-    assert "recipes/parse.py" in missing({"recipes/cli.py": ""})
+    assert "recipes/scene.py" in missing({"recipes/cli.py": ""})
     assert "recipes/cli.py" not in missing({"recipes/cli.py": ""})
     assert "dashboards/*" in missing({})
     assert "dashboards/*" not in missing({"dashboards/views/map.py": ""})
@@ -76,12 +76,12 @@ def test_an_import_against_the_order_is_noticed(path, source):
     [
         ("control/bias.py", "import probe\nfrom probe.plan import Plan\nfrom .schedule import ramp"),
         ("recipes/run.py", "import ditctrl, control, probe, torch"),
-        ("dashboards/app.py", "import streamlit\nfrom recipes.recipe import Recipe"),
+        ("dashboards/app.py", "import streamlit\nfrom recipes.language.recipe import Recipe"),
         ("tests/recipes/test_run.py", "import dashboards, h5py, yaml\nfrom tests.tiny import pipe"),
         ("data/miniature/train.py", "import torch, recipes.scene"),
         ("probe/store_read.py", "import h5py"),
         ("probe/tap.py", "import nnsight, torch"),
-        ("recipes/parse.py", "from yaml import safe_load"),
+        ("recipes/language/parse.py", "from yaml import safe_load"),
         ("probe/plan.py", "import controlled, datasets, testsuite, yamlish"),
         ("probe/plan.py", "print('import control')"),
         ("probe/site.py", "if TYPE_CHECKING:\n    pass"),
@@ -89,7 +89,7 @@ def test_an_import_against_the_order_is_noticed(path, source):
     ],
 )
 def test_an_import_in_order_is_let_through(path, source):
-    assert violations({path: source, "recipes/recipe.py": "", "probe/__init__.py": ""}) == []
+    assert violations({path: source, "recipes/language/recipe.py": "", "probe/__init__.py": ""}) == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_import_in_order_is_let_through(path, source):
         ("probe/tapestry.py", "import nnsight"),
         ("probe/record.py", "def f():\n    import h5py"),
         ("recipes/store.py", "import h5py"),
-        ("recipes/recipe.py", "import yaml"),
+        ("recipes/language/recipe.py", "import yaml"),
         ("recipes/run.py", "from streamlit import cache_data"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_private_name_of_another_file_is_noticed(source):
         {"probe/site.py": "def f():\n    import torch"},
         {"probe/site.py": "try:\n    import torch\nexcept ImportError:\n    torch = None"},
         {"probe/film.py": "class A:\n    import torch"},
-        {"recipes/parse.py": "import diffusers.utils"},
+        {"recipes/language/parse.py": "import diffusers.utils"},
         {"recipes/scene.py": "from transformers import T5Tokenizer"},
         {"recipes/cli.py": "import torch"},
         {"dashboards/views/map.py": "import nnsight"},
@@ -150,11 +150,11 @@ def test_a_private_name_of_another_file_is_noticed(source):
             "probe/a.py": "import torch",
         },
         {
-            "recipes/recipe.py": "import probe.site",
+            "recipes/language/recipe.py": "import probe.site",
             "probe/__init__.py": "from probe.tap import tap",
             "probe/tap.py": "import torch",
         },
-        {"recipes/recipe.py": "import control.bias", "control/__init__.py": "import torch", "control/bias.py": ""},
+        {"recipes/language/recipe.py": "import control.bias", "control/__init__.py": "import torch", "control/bias.py": ""},
         {"dashboards/app.py": "def f():\n    from recipes import run", "recipes/run.py": "import torch"},
         {"recipes/cli.py": "from recipes.run import run", "recipes/run.py": "import torch"},
     ],

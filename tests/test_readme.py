@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import parse
 from recipes.cli import main
+from recipes.language import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

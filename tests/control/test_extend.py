@@ -232,5 +232,5 @@ def test_what_an_extension_must_be():
         Extend(Constant(torch.zeros(2, 31, 16)))
     with pytest.raises(UsageError, match="strength of added keys must be 0 or more. Got -1"):
         served(batch(PAIR, prompts=2), Extend(0, 1, strength=-1.0))
-    with pytest.raises(PlanError, match="must name prompts of its run, 0 to 1"):
+    with pytest.raises(PlanError, match="must name prompts of the run, 0 to 1"):
         served(batch(PAIR, prompts=2), Extend(5, 1))

@@ -330,7 +330,7 @@ def test_transfer_refuses(pipe):
         with pytest.raises(UsageError, match=said):
             control.Transfer(names, source=0)
     for edit in (control.Transfer("kv", source=3, target=0), control.Transfer("kv", source=0, target=2)):
-        with pytest.raises(PlanError, match="prompts of its run, 0 to 1. Got Transfer"):
+        with pytest.raises(PlanError, match="prompts of the run, 0 to 1. Got Transfer"):
             traced(pipe, edit)
     role = control.Transfer("kv", lambda branch: replace(branch, role="source"))
     with pytest.raises(

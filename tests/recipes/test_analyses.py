@@ -12,9 +12,9 @@ from control.rotate import Rotate
 from probe import region, trace
 from probe.errors import RecipeError, UsageError
 from probe.site import Where, Which
-from recipes import parse
 from recipes.catalogue import interventions
 from recipes.job import prepare
+from recipes.language import parse
 from recipes.run import execute
 from tests import tiny
 from tests.recipes.line import main_ok

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from recipes import bench
-from recipes.bench import Method
+from recipes.benches import timing
+from recipes.benches.timing import Method
 from tests.recipes.line import main_ok, refused
 
 
@@ -51,19 +51,19 @@ def test_tables_for_people(capsys):
 def test_methods_take_turns_and_the_first_round_does_not_count():
     order = []
     methods = [Method("g", name, lambda name=name: order.append(name)) for name in "ab"]
-    timed = bench.measure(methods, "cpu", rounds=2)
+    timed = timing.measure(methods, "cpu", rounds=2)
     assert order == ["a", "b"] * 3 + ["a", "b"]  # a warm round, two that count, one for memory
     assert [one.method.name for one in timed] == ["a", "b"]
 
 
 def test_extra_memory_is_that_of_one_run():
     hungry = Method("g", "hungry", lambda: torch.ones(2**24).sum())
-    (timed,) = bench.measure([hungry], "cpu", rounds=1)
+    (timed,) = timing.measure([hungry], "cpu", rounds=1)
     assert 0.8 * 4 * 2**24 < timed.memory < 2 * 4 * 2**24
 
 
 def test_a_target_is_met_or_missed():
-    quick, slow = (bench.Timed(Method("g", "m", lambda: None, target=0.5), seconds, 0, None) for seconds in (0.4, 0.6))
+    quick, slow = (timing.Timed(Method("g", "m", lambda: None, target=0.5), seconds, 0, None) for seconds in (0.4, 0.6))
     assert [one.facts(1.0)["met"] for one in (quick, slow)] == [True, False]
     assert [one.row(1.0)["target"] for one in (quick, slow)] == ["+0.5 met", "+0.5 MISSED"]
 

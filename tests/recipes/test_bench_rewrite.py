@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from probe.plan import Plan
-from recipes.bench_attention import SHAPES
-from recipes.bench_rewrite import Bench
+from recipes.benches.attention import SHAPES
+from recipes.benches.rewrite import Bench
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from control.window import Band, Window
 from probe.errors import MmditError, UsageError
 from probe.layout import Grid
 from probe.site import Branch
-from recipes import parse
 from recipes.build import BUILDERS
 from recipes.build_source import moved
 from recipes.catalogue import branches, clip_forwards, interventions, predicted
 from recipes.job import prepare
-from recipes.maskvalues import text_of
-from recipes.operator import BUILT_IN
+from recipes.language import parse
+from recipes.language.maskvalues import text_of
+from recipes.language.operator import BUILT_IN
 from tests import tiny
 
 PROMPTS = {"source": tiny.PROMPT, "target": tiny.OTHER}
@@ -267,8 +267,8 @@ def test_a_prompt_is_not_named_like_the_files_of_a_run(toy):
 
 def test_an_operator_of_a_package_builds_itself_from_the_context(toy, monkeypatch):
     from control.scale import Scale
-    from recipes import registry
-    from recipes.operation import Operation
+    from recipes.language import registry
+    from recipes.language.operation import Operation
 
     class Twice(Operation):
         op: str = "twice"

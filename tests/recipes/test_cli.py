@@ -100,7 +100,7 @@ def test_doctor(capsys):
 
 
 def test_the_shipped_recipes_are_what_they_say():
-    from recipes import parse
+    from recipes.language import parse
 
     for name in parse.names():
         recipe = parse.load(name)

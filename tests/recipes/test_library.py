@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from probe.errors import MmditError
-from recipes import parse
-from recipes.meaning import needs
+from recipes.language import parse
+from recipes.language.meaning import needs
 from recipes.studio import Studio
 
 ROTARY = [name for name in parse.names() if "RoPE" in needs(parse.load(name))]

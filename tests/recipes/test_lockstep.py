@@ -22,7 +22,7 @@ from control.noise import LowPass, renew
 from probe.models.load import load
 from probe.site import Which
 from probe.store import Run
-from recipes import parse
+from recipes.language import parse
 from recipes.run import execute
 from tests import tiny
 from tests.oracle import JointCalls, patched_attention

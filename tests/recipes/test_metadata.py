@@ -11,7 +11,7 @@ from probe import film
 from probe.comment import LONGEST, comment_of
 from probe.errors import StoreError
 from probe.store import Run
-from recipes import parse
+from recipes.language import parse
 from tests import tiny
 from tests.recipes.line import main_ok, refused
 

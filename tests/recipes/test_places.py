@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from probe.errors import MmditError
-from recipes import parse
 from recipes.catalogue import interventions
 from recipes.job import prepare
-from recipes.operator_tensor import Scale
-from recipes.span import Only
+from recipes.language import parse
+from recipes.language.operator_tensor import Scale
+from recipes.language.span import Only
 from recipes.studio import Studio
 from tests import tiny
 

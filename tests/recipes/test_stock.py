@@ -10,9 +10,9 @@ import torch
 from probe.errors import UsageError
 from probe.models.load import load
 from probe.store import Run
-from recipes import parse
 from recipes.catalogue import interventions
 from recipes.job import prepare
+from recipes.language import parse
 from recipes.run import execute
 from tests import tiny
 from tests.recipes.line import main_ok, refused

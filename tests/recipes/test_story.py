@@ -10,9 +10,10 @@ from control.adapter import Loop
 from control.denoise import Lockstep, State, denoise
 from ditctrl.segment import Segments
 from probe.store import Run
-from recipes import parse, scene
+from recipes import scene
 from recipes.cli import main
 from recipes.job import prepare
+from recipes.language import parse
 
 
 @pytest.fixture(scope="module")

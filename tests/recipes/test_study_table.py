@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import parse, study
+from recipes import study
+from recipes.language import parse
 from recipes.study_table import markdown
 
 README = Path(__file__).parents[2] / "README.md"

@@ -12,9 +12,9 @@ from control.denoise import Lockstep, State, denoise
 from control.overlap import Windows
 from probe.errors import RecipeError, UsageError
 from probe.site import Branch
-from recipes import parse
 from recipes.catalogue import branches, clip_forwards, interventions, predicted
 from recipes.job import prepare
+from recipes.language import parse
 from recipes.run import execute, go_on
 from tests import tiny
 

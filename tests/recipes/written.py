@@ -2,7 +2,7 @@
 
 import random
 
-from recipes import parse
+from recipes.language import parse
 
 TOP = "schema_version: 1\nname: mine\nprompts: {source: a red cat, target: a blue dog}\n"
 SEEDS = 40

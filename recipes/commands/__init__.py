@@ -1,0 +1,1 @@
+"""The commands of `mmdit`, a module for each group."""

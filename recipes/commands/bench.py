@@ -1,0 +1,93 @@
+"""`mmdit bench`: what looking and rewriting cost, in ratios to doing nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from recipes.commands import console
+from recipes.commands.read import Format
+
+if TYPE_CHECKING:
+    from recipes.benches.timing import Method
+
+app = typer.Typer(help="Timings side by side with plain attention: attention, rewrite, record.", no_args_is_help=True)
+
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--dtype", help="float32 on the CPU, bfloat16 on a GPU by default."),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=1, help="On the CPU: waiting threads count as busy, so one is most exact.")
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that count; all methods take turns in each.")]
+
+
+@app.command()
+def attention(
+    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    format: Format = "text",
+) -> None:
+    """One attention call: each readout beside plain attention."""
+    from probe.models.load import place_of
+    from recipes.benches.attention import Bench, shape_of
+
+    shape = shape_of(size)
+    place, kind = place_of(device, dtype)
+    _print(f"{size}: {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
+
+
+@app.command()
+def record(
+    size: Annotated[str, typer.Option(help="miniature, or a size of bench attention with random weights.")] = "small",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    format: Format = "text",
+) -> None:
+    """A whole forward: recording beside plain generation."""
+    from probe.models.load import place_of
+    from recipes.benches.record import methods
+
+    place, kind = place_of(device, dtype)
+    title, made = methods(size, place, kind)
+    _print(title, made, place, kind, rounds, threads, format)
+
+
+@app.command()
+def rewrite(
+    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
+    format: Format = "text",
+) -> None:
+    """Two calls that take from each other: each rewriting beside plain attention and beside its usual form."""
+    from probe.models.load import place_of
+    from recipes.benches.attention import shape_of
+    from recipes.benches.rewrite import Bench
+
+    shape = shape_of(size)
+    place, kind = place_of(device, dtype)
+    _print(f"{size}: 2 x {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
+
+
+def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, threads: int, format: str) -> None:
+    from recipes.benches import timing
+
+    with timing.threads(threads):
+        timed, header = timing.measure(methods, device, rounds), timing.header(device, dtype)
+    plain = timed[0].seconds
+    if format == "json":
+        console.data({"size": title, "on": header, "methods": [one.facts(plain) for one in timed]})
+        return
+    note = "x plain: 1 is the plain one; + is time on top of it. error: against float64 (record: against plain)."
+    console.table(f"{title}\n{header}\n{note}", [one.row(plain) for one in timed])
