@@ -101,7 +101,7 @@ def placed(
 def refuse_misfit(
     name: str, given: Given, partners: Partners | None, weight: Tensor | None, call: AttentionCall, entry: int
 ) -> None:
-    """Refuse rows that have no counterpart: video of another grid without a mapping, and text of another length.
+    """Refuse rows that have no counterpart: video of another grid without a mapping, and text that not both have.
 
     Raises:
         PlanError: there are such rows; names both sites.
@@ -116,12 +116,18 @@ def refuse_misfit(
         )
     visible = call.columns.total if call.visible is None else call.visible[entry]
     fits = mine.text == theirs.text and (name not in "kv" or visible == given.visible)
-    if not fits and mine.text and (weight is None or bool(weight[mine.text_slice].any())):
+    shown = min(_shown(call.columns, visible), _shown(given.columns, given.visible))
+    if not fits and mine.text and (weight is None or bool(weight[mine.text_slice][shown:].any())):
         raise PlanError(
-            f"Text rows must come from a prompt of the same length where padding is hidden or left out. Got "
-            f"{given.visible} visible keys for {visible}: {there}. Make the prompts equally long, or transfer "
-            "rows=video()."
+            f"Text rows must be such as both prompts have, where padding is hidden or left out. Got {given.visible} "
+            f"visible keys for {visible}: {there}. Make the prompts equally long, or transfer rows=video() or the "
+            "rows of words that both have at the same place."
         )
+
+
+def _shown(columns: TokenLayout, visible: int) -> int:
+    """Text tokens that may be seen."""
+    return columns.text - (columns.total - visible)
 
 
 def coordinates(grid: Grid, tokens: Tensor) -> Tensor:

@@ -154,7 +154,11 @@ def test_a_private_name_of_another_file_is_noticed(source):
             "probe/__init__.py": "from probe.tap import tap",
             "probe/tap.py": "import torch",
         },
-        {"recipes/language/recipe.py": "import control.bias", "control/__init__.py": "import torch", "control/bias.py": ""},
+        {
+            "recipes/language/recipe.py": "import control.bias",
+            "control/__init__.py": "import torch",
+            "control/bias.py": "",
+        },
         {"dashboards/app.py": "def f():\n    from recipes import run", "recipes/run.py": "import torch"},
         {"recipes/cli.py": "from recipes.run import run", "recipes/run.py": "import torch"},
     ],

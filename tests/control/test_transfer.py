@@ -16,7 +16,7 @@ from control.match import Match
 from control.source import Itself
 from probe.errors import PlanError, UsageError
 from probe.plan import Stage
-from probe.region import box, video
+from probe.region import box, video, words
 from probe.site import Progress, Where, Which
 from tests import tiny
 from tests.control.drawn import drawn, served
@@ -224,7 +224,7 @@ def test_text_of_another_length_is_refused_and_video_is_not():
     for name in ("hunyuan", "mochi"):
         bench = bench_of(Case(name))
         prompts = [tiny.PROMPT, "a dog sits on the red grass and snow"]
-        with pytest.raises(PlanError, match=r"same length.*visible keys for.*layer 0.*rows=video\(\)"):
+        with pytest.raises(PlanError, match=r"both prompts have.*visible keys for.*layer 0.*rows=video\(\)"):
             bench.latents(control.Transfer("kv", 0, 1), prompt=prompts)
         calls, _ = kept(bench, control.Transfer("kv", 0, 1, rows=video()), prompts=prompts)
         for call, row in targets(calls):
@@ -233,6 +233,24 @@ def test_text_of_another_length_is_refused_and_video_is_not():
             text = call.rows.text_slice
             assert torch.equal(call.k[row, :, text], call.own["k"][row, :, text])
             assert not torch.equal(call.k[row, :, inside], call.own["k"][row, :, inside])
+
+
+def test_words_that_both_prompts_have_are_taken_though_one_is_longer():
+    """Hidden and left-out padding; a word behind the end of the shorter prompt is refused."""
+    for name in ("hunyuan", "mochi"):
+        bench = bench_of(Case(name))
+        prompts = [tiny.PROMPT, f"{tiny.PROMPT} on grass"]
+        calls, _ = kept(bench, control.Transfer("kv", 0, 1, rows=words("red cat")), prompts=prompts)
+        for call, row in targets(calls):
+            source = own_of(calls, call, replace(call.branches[row], prompt=0), "k")
+            start, theirs = call.rows.text_slice.start, call.k[row] != call.own["k"][row]
+            (changed,) = theirs.any(-1).any(0).nonzero(as_tuple=True)
+            spoken = call.prompts[1].tokens_of("red cat") if call.branches[row].guided else ()
+            assert changed.tolist() == [start + token for token in spoken]  # video first: one place in both
+            for token in changed.tolist():
+                assert torch.equal(call.k[row, :, token].double(), source[:, token])
+        with pytest.raises(PlanError, match="both prompts have"):
+            kept(bench, control.Transfer("kv", 0, 1, rows=words("grass")), prompts=prompts)
 
 
 # --- other rows, and constants ---

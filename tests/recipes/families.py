@@ -3,7 +3,7 @@ as many layers and heads, as large a grid and the same words as the miniature, f
 
     python -m tests.recipes.families
 
-writes what was seen to `data/studies/families.json`, of which the README's table is made.
+writes what was seen to `data/families.json`, of which the README's table is made.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def pipeline(family: str, folder: Path) -> Any:
     torch.manual_seed(0)
     model = kind.from_config({**pipe.transformer.config, **CONFIGS[family]})
     for key, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=SHARP if key.split(".")[-2] in QK_NORMS else 0.1)
+        torch.nn.init.normal_(parameter, std=SHARP if f".{key}".split(".")[-2] in QK_NORMS else 0.1)
     pipe.transformer = model.eval()
     if family in PICTURES:
         pipe.vae_scale_factor = 8  # that of the real ones; nothing is decoded
