@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from control.schedule import dynamic_guidance, refuse_frames, refuse_steps
+from control.schedule import dynamic_guidance, refuse_steps
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe.errors import UsageError
-from probe.layout import TokenLayout
-from probe.models.cogvideox import COGVIDEOX, clip_frames
 from probe.models.family import Family
 from probe.models.load import card, checkpoints_of
 from probe.show import MAIN
@@ -24,31 +20,7 @@ from recipes.language.part import Auto
 from recipes.language.recipe import Recipe
 from recipes.language.source import PREVIOUS
 from recipes.language.span import Span, chosen
-
-
-@dataclass(frozen=True)
-class Clip:
-    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame."""
-
-    frames: int
-    compression: int
-    latent_values: int
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the configuration of a model says: its family, layers, heads and their width, the sequence of one clip or
-    picture, whether it rotates queries and keys by position. `clip` is None for a family that runs through its stock
-    pipeline.
-    """
-
-    family: Family
-    layers: int
-    heads: int
-    width: int
-    layout: TokenLayout
-    clip: Clip | None
-    rope: bool
+from recipes.size import Clip, Size, call_defaults, size_of
 
 
 @dataclass(frozen=True)
@@ -132,10 +104,10 @@ def prepare(recipe: Recipe) -> Job:
     _refuse_names(recipe)
     checkpoint = checkpoints_of(recipe.model)[0]
     family, config = checkpoint.family, checkpoint.config()
-    defaults = _call_defaults(family) | card(checkpoint.model)
+    defaults = call_defaults(family) | card(checkpoint.model)
     steps = int(_number(recipe.sampler.steps, defaults["num_inference_steps"]))
     guidance = float(_number(recipe.sampler.guidance, defaults["guidance_scale"]))
-    size = _size(family, config, defaults | recipe.call)
+    size = size_of(family, config, defaults | recipe.call)
     if size.clip is None:
         _refuse_more_than_stock(recipe, family)
         job = Job(recipe, size, steps, guidance, None, None)
@@ -234,24 +206,3 @@ def _range(span: Span, n: int, name: str, what: str) -> range:
 def _span(bounds: tuple[int, int] | Auto, n: int, name: str, what: str) -> range:
     """A half-open interval."""
     return range(n) if bounds == "auto" else _range(bounds, n, name, what)
-
-
-def _call_defaults(family: Family) -> dict[str, Any]:
-    """The arguments of the stock pipeline's call that have a default."""
-    import diffusers
-
-    arguments = inspect.signature(getattr(diffusers, family.pipelines[0]).__call__).parameters.values()
-    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
-
-
-def _size(family: Family, config: Mapping[str, Any], call: Mapping[str, Any]) -> Size:
-    clip = None
-    if family is COGVIDEOX:
-        frames = clip_frames(config)
-        refuse_frames(frames, config.get("patch_size_t"))
-        values = config["in_channels"] * config["sample_height"] * config["sample_width"]
-        clip = Clip(frames, config.get("temporal_compression_ratio", 4), values)
-    layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers"))
-    heads, width = config["num_attention_heads"], config["attention_head_dim"]
-    rotates = family.rope is not Family.rope and config.get("use_rotary_positional_embeddings", True)
-    return Size(family, layers, heads, width, family.clip(config, call), clip, rotates)

@@ -1,0 +1,60 @@
+"""What a model's configuration says of its size: numbers only, before any weight is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from control.schedule import refuse_frames
+from probe.layout import TokenLayout
+from probe.models.cogvideox import COGVIDEOX, clip_frames
+from probe.models.family import Family
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame."""
+
+    frames: int
+    compression: int
+    latent_values: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the configuration of a model says: its family, layers, heads and their width, the sequence of one clip or
+    picture, whether it rotates queries and keys by position. `clip` is None for a family that runs through its stock
+    pipeline.
+    """
+
+    family: Family
+    layers: int
+    heads: int
+    width: int
+    layout: TokenLayout
+    clip: Clip | None
+    rope: bool
+
+
+def call_defaults(family: Family) -> dict[str, Any]:
+    """The arguments of the stock pipeline's call that have a default."""
+    import diffusers
+
+    arguments = inspect.signature(getattr(diffusers, family.pipelines[0]).__call__).parameters.values()
+    return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+
+
+def size_of(family: Family, config: Mapping[str, Any], call: Mapping[str, Any]) -> Size:
+    """From a model's configuration and the arguments of its pipeline's call."""
+    clip = None
+    if family is COGVIDEOX:
+        frames = clip_frames(config)
+        refuse_frames(frames, config.get("patch_size_t"))
+        values = config["in_channels"] * config["sample_height"] * config["sample_width"]
+        clip = Clip(frames, config.get("temporal_compression_ratio", 4), values)
+    layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers"))
+    heads, width = config["num_attention_heads"], config["attention_head_dim"]
+    rotates = family.rope is not Family.rope and config.get("use_rotary_positional_embeddings", True)
+    return Size(family, layers, heads, width, family.clip(config, call), clip, rotates)
