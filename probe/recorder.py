@@ -175,6 +175,7 @@ def generate(
         pixels = _pixels(traced(**given, **call))
         clips = [Clip(name, text, frames) for (name, text), frames in zip(named.items(), pixels, strict=True)]
         finish_video(writer.folder, clips, show or Show(fps))
+        writer.finish("done", computed=dict(traced.computed))
     return Run(writer.folder)
 
 

@@ -6,6 +6,7 @@ sites are sparse.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class Traced:
         self.pipe, self.handlers, self.fuse = pipe, tuple(handlers), fuse
         self.family = family_of(pipe.transformer)
         self.layout: TokenLayout | None = None
+        self.computed: Counter[str] = Counter()
+        """How the changed weights of the last run were computed ("split", "gather", ..), and in how many calls."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call and output; `prompt` tells the words."""
@@ -141,6 +144,9 @@ class _Run:
             )
         if self.plan is not None:
             self.plan.refuse_unmet(self.first_step)
+        self.traced.computed = Counter()
+        for (_, way), count in self.plan.how.items() if self.plan is not None else ():
+            self.traced.computed[way] += count
 
 
 def _follow(tap: Tap, drive: Callable[[], Any], run: _Run) -> Any:

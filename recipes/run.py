@@ -96,7 +96,8 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
         kept.write(loaded.made, writer.folder)
         loop.close()
         seconds = round(time.perf_counter() - loaded.began, 1)
-        writer.finish("done", seconds=seconds, clip_forwards=sum(clip_forwards(job, loaded.made)))
+        forwards, ways = sum(clip_forwards(job, loaded.made)), dict(loaded.traced.computed)
+        writer.finish("done", seconds=seconds, clip_forwards=forwards, computed=ways)
     return Run(writer.folder)
 
 

@@ -187,3 +187,17 @@ def test_an_interrupt_tells_what_is_there(models, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(run, "load", interrupted)
     assert "Interrupted before anything was written" in refused(capsys, [*arguments, "--force"], 1)
     assert Run(tmp_path / "run").steps == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["flux", "cogvideox"])
+def test_a_run_says_how_its_changed_weights_were_computed(models, toy, tmp_path, name):
+    recipe = tmp_path / "louder.yaml"
+    recipe.write_text(
+        f"schema_version: 1\nname: louder\nprompts: [{tiny.PROMPT}]\n"
+        "edits: [{op: bias, amount: 1.0, columns: {words: [cat]}}]\n"
+    )
+    model = ["-m", toy] if name == "cogvideox" else ["-m", str(models / name), *SMALL[name]]
+    main_ok(["run", str(recipe), *model, *FAST, "--out", str(tmp_path / "run")])
+    (way, calls), *others = Run(tmp_path / "run").info["computed"].items()
+    assert (way, others) == ("thin", [])
+    assert calls == 2 * {"flux": flux.LAYERS, "cogvideox": 3}[name]
