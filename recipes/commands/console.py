@@ -42,6 +42,19 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], format: str = "text") -
     _console().print(drawn)
 
 
+def entries(rows: Sequence[Mapping[str, Any]], format: str = "text") -> None:
+    """Rows with a name and a description on a line, and their other texts and lists on the next."""
+    if format == "json":
+        data([dict(row) for row in rows])
+        return
+    console = _console()
+    for row in rows:
+        told = {name: value for name, value in row.items() if name not in ("name", "description") and value}
+        rest = [f"{name} {_short(value)}" if isinstance(value, list) else value for name, value in told.items()]
+        console.print(f"[bold]{escape(row['name'])}[/bold]  {escape(row['description'])}")
+        console.print(f"    [dim]{escape('; '.join(rest))}[/dim]")
+
+
 def text(line: str) -> None:
     """Plain text."""
     sys.stdout.write(line + "\n")

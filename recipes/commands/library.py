@@ -30,17 +30,17 @@ def list_recipes(format: Format = "text") -> None:
         rows.append(
             {
                 "name": one.name,
-                "source": recipe.source,
+                "description": recipe.description,
                 "status": recipe.status or "",
+                "source": recipe.source,
                 "needs": list(needs(recipe)),
                 "from": one.origin,
-                "description": recipe.description,
             }
         )
     for pack in registry.packs():
         if pack.problem:
             console.error(pack.problem)
-    console.table("recipes", rows, format)
+    console.entries(rows, format)
 
 
 @app.command()
