@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from control.bias import Bias, BiasFunction, BiasTable
     from control.closed_form import Fixed, Identity, MeanOf, Sharpest, Uniform, Within
     from control.concept import ConceptMask
+    from control.constant import Constant
     from control.denoise import Lockstep, State
     from control.edit import Edit
     from control.extend import Extend
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from control.shift import Shift, Steering
     from control.sink import Sinks
     from control.skip import Skip
-    from control.source import Constant, Itself, Peer, Stored
+    from control.source import Itself, Peer, Stored
     from control.sparsify import Sparsify
     from control.strength import Ramp, Strength
     from control.transfer import Transfer
@@ -137,6 +138,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "bias": ["Bias", "BiasFunction", "BiasTable"],
         "closed_form": ["Fixed", "Identity", "MeanOf", "Sharpest", "Uniform", "Within"],
         "concept": ["ConceptMask"],
+        "constant": ["Constant"],
         "denoise": ["Lockstep", "State"],
         "edit": ["Edit"],
         "extend": ["Extend"],
@@ -166,7 +168,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "shift": ["Shift", "Steering"],
         "sink": ["Sinks"],
         "skip": ["Skip"],
-        "source": ["Constant", "Itself", "Peer", "Stored"],
+        "source": ["Itself", "Peer", "Stored"],
         "sparsify": ["Sparsify"],
         "strength": ["Ramp", "Strength"],
         "transfer": ["Transfer"],

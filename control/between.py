@@ -20,7 +20,7 @@ from probe.region import video
 class Between(Shift):
     """O <- O + strength (mean of O of the prompt `to` - mean of O of the prompt `away`), both over the selected rows of
     their unperturbed branches of the same half, per head (In-Context Brush, arXiv 2505.20271, steers from the query to
-    the demonstration).
+    the demonstration). Where one of them has no such row nothing moves.
 
     Raises:
         PlanError: (when served) one of them is not in the same call.
@@ -37,12 +37,13 @@ class Between(Shift):
 
     def apply(self, call: AttentionCall, entry: int, amount: float) -> None:
         """Move the rows of one batch entry."""
-        away, to = (self._mean(call, entry, prompt) for prompt in (self.away, self.to))
-        self.direction = to - away
-        super().apply(call, entry, amount)
+        away, to = (self._rows(call, entry, prompt) for prompt in (self.away, self.to))
+        if away.shape[1] and to.shape[1]:
+            self.direction = to.mean(1, keepdim=True) - away.mean(1, keepdim=True)
+            super().apply(call, entry, amount)
 
-    def _mean(self, call: AttentionCall, entry: int, prompt: int) -> torch.Tensor:
-        """[h, 1, D] of the unedited output."""
+    def _rows(self, call: AttentionCall, entry: int, prompt: int) -> torch.Tensor:
+        """[h, n, D] of the unedited output."""
         branch = replace(call.branches[entry], prompt=prompt, role="plain")
         if branch not in call.branches:
             raise PlanError(
@@ -53,4 +54,4 @@ class Between(Shift):
         heads = self.heads(call)
         out = own_of(call, other, "o", heads).take("o", heads)
         rows = inside(self.rows, call, other)
-        return out[:, rows].to(exact_dtype(out.dtype)).mean(1, keepdim=True)
+        return out[:, rows].to(exact_dtype(out.dtype))

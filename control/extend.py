@@ -11,7 +11,9 @@ from torch import Tensor
 
 from control.address import Area, inside
 from control.bank import Given
-from control.source import Ask, Constant, Itself, OfBranch, Peer, Source
+from control.constant import Constant
+from control.source import Ask, OfBranch, Peer, Source
+from control.source_area import inside_source
 from control.taking import Taking
 from probe import attend
 from probe.call import AttentionCall
@@ -19,7 +21,6 @@ from probe.change import Added
 from probe.errors import LayoutError, UsageError
 from probe.layout import TokenLayout
 from probe.region import Region, video
-from probe.word import Prompt
 
 _ALL = video() | ~video()
 """All tokens that may be seen."""
@@ -38,6 +39,7 @@ class Extend(Taking):
 
     - `Constant("zero")` adds one null key: its logit is `bias`, its value 0, a sink that takes mass and gives nothing.
       `Constant("mean")` gives it the mean of the target's own values in `columns`, a tensor [D] or [H, D] that value.
+      It joins where the target has a token in `columns`: use None or text() in cross attention, which has no video.
     - `pool=(1, 4, 4)` with `Itself()` averages video keys and values over cells of frames, rows and columns of the
       grid, and adds one key for each: CLEAR's pooled keys (arXiv 2412.16112), beside a `Window`; there after a
       fine-tuning. A cell takes its tokens in `columns`, and may be smaller at the edge of the grid. Keys are averaged
@@ -103,9 +105,10 @@ class Extend(Taking):
     def _added(self, call: AttentionCall, given: Given) -> tuple[Tensor, Tensor]:
         """Keys and values [h, m, D]."""
         k, v = (given.take(name, self.heads(call)) for name in "kv")
+        columns = inside_source(self._area, call, given, "columns")
         if isinstance(self._from, Constant):  # the same for every column
-            return torch.zeros_like(k[:, :1]), v[:, :1]
-        columns = _columns(self._area, call, given, isinstance(self._from, Peer | Itself))
+            one = slice(int(columns.any()))
+            return torch.zeros_like(k[:, one]), v[:, one]
         if self.pool is None or not given.columns.video:
             return k[:, columns], v[:, columns]
         return _pooled(k, columns, given.columns, self.pool), _pooled(v, columns, given.columns, self.pool)
@@ -120,27 +123,6 @@ class Extend(Taking):
         pool = "" if self.pool is None else f" pooled by {'x'.join(map(str, self.pool))}"
         target = "" if self.target is None else f" to prompt {self.target}"
         return f"Extend({self.columns or 'all'} of {self._from}{pool}{target})"
-
-
-def _columns(area: Area, call: AttentionCall, given: Given, known: bool) -> Tensor:
-    """bool [M]: the columns of a source in an area, without those it may not see. `known`: its prompts are those of
-    the run.
-    """
-    if known and given.site == call.site and given.branch in call.branches:
-        return inside(area, call, call.branches.index(given.branch), "columns")
-    if not isinstance(area, Region):
-        raise UsageError(
-            f"Columns of a source in another call must be a region. Got {area}, which is found in the call at hand. "
-            "Generate source and target in one batch."
-        )
-    side, branch = given.columns, given.branch
-    side = side.with_text(side.text - (side.total - given.visible))
-    prompt = None if branch.guided else Prompt.blank(side.text)
-    if branch.guided and known and branch.nearest < len(call.prompts):
-        prompt = call.prompts[branch.nearest].first(side.text)
-    columns = torch.zeros(given.columns.total, dtype=torch.bool, device=call.q.device)
-    columns[: side.total] = torch.as_tensor(area.mask(side, prompt), device=call.q.device)
-    return columns
 
 
 def _pooled(x: Tensor, columns: Tensor, side: TokenLayout, pool: tuple[int, int, int]) -> Tensor:

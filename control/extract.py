@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from control.address import Found, Rest, Side
+from control.propagate import propagated
 from control.tally import Tally, Within
 from probe import mask
 from probe.call import AttentionCall
-from probe.entry import Entry, expected
 from probe.errors import LayoutError, PlanError, UsageError
 from probe.plan import Handler, Stage
 from probe.readout.base import refuse_unknown
@@ -230,17 +230,7 @@ class ExtractMask(Found, Handler):
         sizes = lift.new_tensor([len(entry.prompt.tokens_of(word)) for word in self.words])
         own = torch.tensordot(sizes / sizes.sum(), lift[: len(sizes)], 1)
         maps = torch.stack([own, *lift[len(sizes) :]])
-        return self._propagated(entry.within_video, maps) if self.propagate else maps
-
-    def _propagated(self, entry: Entry, maps: Tensor) -> Tensor:
-        """A^n maps^power for A the mean over heads of the attention among video tokens."""
-        flat = maps.flatten(1) ** self.power
-        for _ in range(self.propagate):
-            values = torch.zeros_like(entry.k)
-            values[..., : len(flat)] = flat.mT
-            mixed = expected(entry.q[:, entry.rows.video_slice], entry.k, values, entry.scale).out
-            flat = mixed[..., : len(flat)].mean(0).mT
-        return flat.view_as(maps)
+        return propagated(entry.within_video, maps, self.propagate, self.power) if self.propagate else maps
 
 
 class _Outside(Rest):

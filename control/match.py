@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from control.address import Area, inside
+from control.address import Area
 from control.bank import Given
-from control.place import Partners
+from control.place import Partners, side_of
 from control.source import Ask, Itself, OfBranch, Source, source_of
+from control.source_area import inside_source
 from probe import attend
 from probe.call import AttentionCall
 from probe.errors import PlanError, UsageError
@@ -33,7 +34,8 @@ class Match:
     Exact and chunked; cost: N_video^2 products of D H numbers, about half of an attention.
 
     Raises:
-        UsageError: another feature.
+        UsageError: another feature; (when served) `among` is found while the model runs, and the source is of another
+            call.
         PlanError: (when served) o before the attention ran: use features of o in a Transfer of o.
     """
 
@@ -69,7 +71,7 @@ class Match:
                 "the function give a branch, or leave the target out of the Transfer."
             )
         a, b = (self._vectors(one, heads) for one in (mine, theirs))
-        index, cosine = nearest(a, b, self._candidates(call, entry, theirs))
+        index, cosine = nearest(a, b, self._candidates(call, theirs))
         weight = torch.ones_like(cosine) if self.threshold is None else (cosine > self.threshold).to(cosine.dtype)
         return Partners(index, weight.to(call.q.dtype), text=False)
 
@@ -78,10 +80,12 @@ class Match:
         video = given.layout(self.features).video_slice
         return given.take(self.features, heads)[:, video].transpose(0, 1).flatten(1)
 
-    def _candidates(self, call: AttentionCall, entry: int, theirs: Given) -> Tensor | None:
+    def _candidates(self, call: AttentionCall, theirs: Given) -> Tensor | None:
+        """bool [N_video] of the source."""
         if self.among is None:
             return None
-        return inside(self.among, call, entry)[call.rows.video_slice]
+        video = theirs.layout(self.features).video_slice
+        return inside_source(self.among, call, theirs, side_of(self.features))[video]
 
 
 def nearest(a: Tensor, b: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,14 @@ class MaskRegion(Weighting):
         return f"MaskRegion({self.quarter}, {self.mode})"
 
     def changes(self, call: AttentionCall, entry: int, amount: float) -> tuple[Change, ...]:
-        """Two groups of rows, two of columns."""
+        """Two groups of rows, two of columns.
+
+        Raises:
+            UsageError: a strength outside 0 to 1.
+            PlanError: a row would see no key.
+        """
+        if not 0 <= amount <= 1:
+            raise UsageError(f"The strength of {self} must lie in 0 to 1. Got {amount:g}. 1 takes all of it away.")
         rows = inside(self.rows, call, entry) & inside(_AREAS[self.quarter[0]], call, entry)
         columns = inside(_AREAS[self.quarter[1]], call, entry, "columns")
         kept = torch.ones(2, 2, device=call.q.device)

@@ -42,9 +42,10 @@ class Reuse(Edit):
     bounded). The defaults are theirs for CogVideoX-2B and 50 steps. Full steps keep their bits; with unchanged q, k, v
     and no drift a windowed step equals the full one.
 
-    `where` is that of the window unless given; rows and strength are the window's. Memory: one output and one number
-    per row for each layer, branch and selected head, see `bytes`. Readouts of weights at windowed steps see the full
-    map.
+    `where` is that of the window unless given; rows and strength are the window's. It comes after all other edits of
+    the weights, whose attention it windows and corrects; at calls that have any, full or windowed, it saves no work.
+    Several must have heads or branches of their own. Memory: one output and one number per row for each layer, branch
+    and selected head, see `bytes`. Readouts of weights at windowed steps see the full map.
 
     Raises:
         UsageError: rows or strength of its own, a period below 1, a warm-up below 0, or a window that is no edit of the
@@ -56,7 +57,7 @@ class Reuse(Edit):
     warm: int = field(default=15, kw_only=True)
     drift: float = field(default=0.04, kw_only=True)
     touches = frozenset({"out"})
-    rank = 6
+    rank = 7
 
     def __post_init__(self) -> None:
         if self.rows is not None or self.strength != 1.0:
@@ -105,39 +106,41 @@ class Reuse(Edit):
             self.window.serve(windowed, rows)
             known = all(self._place(call, row) in self._cached for row in rows)
             if known and (call.site.step - self.warm) % self.period:
-                self._reuse(call, rows, _attended(windowed))
+                self._reuse(call, rows, self._attended(windowed))
             else:
-                self._cache(call, rows, _attended(windowed))
+                self._cache(call, rows, self._attended(windowed))
 
     def _place(self, call: AttentionCall, row: int) -> tuple[int, str, Branch]:
         return call.site.layer, call.site.kind, call.branches[row]
 
     def _cache(self, call: AttentionCall, rows: tuple[int, ...], window: State) -> None:
         heads = index_of(self.heads(call), call.q.device)
-        if not call.changes:
+        if call.out is None and not call.changes:
             call.run_with_lse()
-        whole = _attended(shadow(call)) if call.out is None else State(call.out, call.lse())
+        whole = self._attended(shadow(call)) if call.out is None or call.changes else State(call.out, call.lse())
         for row in rows:
             kept = torch.exp(window.lse[row, heads] - whole.lse[row, heads])
             rest = whole.out[row, heads].to(kept.dtype) - kept.unsqueeze(-1) * window.out[row, heads]
             self._cached[self._place(call, row)] = _Cached(call.site.step, kept, rest.to(call.q.dtype))
 
     def _reuse(self, call: AttentionCall, rows: tuple[int, ...], window: State) -> None:
-        """The output of the whole call; that of other entries and heads is the one they have without."""
-        out, heads = window.out.clone(), index_of(self.heads(call), call.q.device)
+        """The output of the whole call; that of other entries and heads is the one they have without, or of another
+        Reuse. Changes stay, for readouts.
+        """
+        out = (window.out if call.out is None else call.out).clone()
+        heads = index_of(self.heads(call), call.q.device)
         for row in rows:
             step, kept, rest = self._cached[self._place(call, row)]
             share = (kept + self.drift * (call.site.step - step - 1)).clamp_max(1).unsqueeze(-1)
-            out[row, heads] = (share * out[row, heads] + rest).to(out.dtype)
-        call.out, call.changes = out, []
+            out[row, heads] = (share * window.out[row, heads] + rest).to(out.dtype)
+        call.out, call.native = out, False  # weights that are changed no longer make the output
 
-
-def _attended(call: AttentionCall) -> State:
-    """Output [B, H, N, D] and normaliser [B, H, N] of a copy with its changes."""
-    if call.changes:
-        weigh.run(call)
-    else:
-        call.run_with_lse()
-    if call.out is None:
-        call.out = call.over(attend.partial(call.q, call.k, call.v, call.scale, call.bias).out)
-    return State(call.out, call.lse())
+    def _attended(self, call: AttentionCall) -> State:
+        """Output [B, H, N, D] and normaliser [B, H, N] of a copy with its changes."""
+        if call.changes:
+            weigh.run(call, (self, "other edits"))
+        else:
+            call.run_with_lse()
+        if call.out is None:
+            call.out = call.over(attend.partial(call.q, call.k, call.v, call.scale, call.bias).out)
+        return State(call.out, call.lse())

@@ -89,6 +89,8 @@ class Scale(Edit):
         given = self.factor.to(device, dtype)
         if given.shape in ((tokens.total,), (heads, tokens.total)):
             return given.view(-1, tokens.total)
+        if not tokens.video:
+            return given.new_ones(1, 1)
         if given.shape != tokens.grid.shape:
             raise UsageError(
                 f"A tensor of factors must be of shape {(tokens.total,)}, {tokens.grid.shape} or "

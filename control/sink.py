@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from control.address import Found, Side, inside
+from control.shadow import shadow
 from probe.call import AttentionCall
 from probe.errors import UsageError
 from probe.region import video
@@ -49,7 +50,8 @@ class Sinks(Found):
         found = torch.zeros(getattr(call, side).total, dtype=torch.bool, device=call.q.device)
         if side == "rows" and call.rows != call.columns:
             return found
-        seen = call.entry(entry, chosen(self.heads, call.q.shape[1]))
+        plain = shadow(call) if call.changes else call
+        seen = plain.entry(entry, chosen(self.heads, call.q.shape[1]))
         share = seen.video_columns.mean(0) * seen.keys
         found[: len(share)] = share > self.threshold
         if self.tokens == "all":

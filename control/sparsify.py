@@ -18,7 +18,7 @@ from probe.layout import TokenLayout
 
 @dataclass(eq=False)
 class Sparsify(Edit):
-    """Each row keeps its ceil(`keep` M) largest weights of M visible keys; the others become 0. Weights equal to the
+    """Each row keeps its ceil(`keep` M) largest weights of M visible keys, at least one; the others become 0. Weights equal to the
     last one kept stay too.
 
     With `renormalise` the rows are divided by what is left, as if the other keys were hidden; without, they lose their
@@ -65,9 +65,10 @@ class Sparsify(Edit):
     def _sparse(self, weights: Tensor, amount: float) -> Tensor:
         """Weights [..., M] of which the strongest are kept."""
         keys = weights.shape[-1]
-        kept = math.ceil(round(self.keep * keys, 6))
+        kept = max(1, math.ceil(round(self.keep * keys, 6)))
         least = weights.kthvalue(keys - kept + 1, dim=-1, keepdim=True).values
         made = torch.where(weights >= least, weights, (1 - amount) * weights)
         if not self.renormalise:
             return made
-        return made * (weights.sum(-1, keepdim=True) / made.sum(-1, keepdim=True))
+        left = made.sum(-1, keepdim=True)
+        return torch.where(left == 0, made, made * (weights.sum(-1, keepdim=True) / left))

@@ -14,8 +14,17 @@ Strength = float | Callable[[float], float]
 
 
 def strength_at(strength: Strength, step: int, steps: int) -> float:
-    """The strength of a step."""
-    return float(strength(step / steps)) if callable(strength) else float(strength)
+    """The strength of a step.
+
+    Raises:
+        UsageError: it is no finite number.
+    """
+    found = float(strength(step / steps)) if callable(strength) else float(strength)
+    if not math.isfinite(found):
+        raise UsageError(
+            f"A strength must be a finite number. Got {found:g} at step {step} of {steps}. 1 is all of it."
+        )
+    return found
 
 
 @dataclass(frozen=True)

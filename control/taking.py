@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from control.address import inside
+from control.address import Side, inside
 from control.edit import Edit
 from control.source import Ask, OfBranch, Peer, Source, source_of
 from probe.call import AttentionCall
@@ -28,6 +28,7 @@ class Taking(Edit):
     def takes(self, names: str, *others: tuple[Source, str]) -> None:
         """Once, when made: the tensors taken of the source, and of other sources beside it."""
         self._from, self._prompts = source_of(self.source), 0
+        self.side: Side = "columns" if self.touches <= {"k", "v"} else "rows"
         self._needs = ((self._from, names), *others)
         self._aims = _both(self.where.branches, None if self.target is None else Which(prompt=self.target))
         early = any(source.early for source, _ in self._needs)
@@ -56,8 +57,8 @@ class Taking(Edit):
             source.end()
 
     def extent(self, call: AttentionCall, row: int) -> Tensor | None:
-        """bool [N]: the rows it changes; none of a branch that is only a source."""
-        changed = inside(self.rows, call, row)
+        """bool, one per query (of k and v alone: per key): what it changes; nothing of a mere source."""
+        changed = inside(self.rows, call, row, self.side)
         return changed if self._is_target(call.branches[row]) else torch.zeros_like(changed)
 
     def serve(self, call: AttentionCall, rows: tuple[int, ...]) -> None:

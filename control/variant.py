@@ -59,7 +59,7 @@ class Edited(Variant):
     """
 
     def __init__(self, *edits: Edit, fresh: bool = False) -> None:
-        late = [str(edit) for edit in edits if edit.stage != Stage.EDIT]
+        late = [str(edit) for edit in edits if edit.stage != Stage.EDIT or "out" in edit.touches]
         if late or not edits:
             raise UsageError(
                 f"A variant must be made of edits of q, k, v or the weights. Got {', '.join(late) or 'none'}. Apply "

@@ -27,8 +27,8 @@ MOST_GROUPS = 64
 MOST_LOOKED_UP = 4096
 """Groups up to which the mask is looked up in a table, 64 MiB at most; beyond, it is computed pair by pair."""
 
-_CHUNK = 1024
-"""Rows that are checked at once."""
+_CHUNK_BYTES = 2**26
+"""Most memory that the rows take that are checked at once."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -200,8 +200,9 @@ def _by_pair(
 
     lines, width = (side.total for side in call.sides(entry))
     changes = False
-    for at in range(0, lines, _CHUNK):
-        some = bias(slice(at, min(at + _CHUNK, lines)))[:, :width]
+    step = max(1, _CHUNK_BYTES // (8 * max(width, 1)))
+    for at in range(0, lines, step):
+        some = bias(slice(at, min(at + step, lines)))[:, :width]
         _refuse_large(some)
         if some.isneginf().all(1).any():
             raise blind(edit, call)

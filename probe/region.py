@@ -123,12 +123,23 @@ def frames(start: int, stop: int | None = None) -> Region:
     return Region(f"frames({start}:{last + 1})", _slice_rule(pick))
 
 
-def box(top: int, left: int, bottom: int, right: int) -> Region:
-    """A rectangle of patches in every frame, half-open, in token rows and columns."""
+def box(top: int, left: int, bottom: int | None = None, right: int | None = None) -> Region:
+    """A rectangle of patches in every frame, half-open, in token rows and columns; None: to the last one.
+
+    Raises:
+        LayoutError: (when looked up) it is empty, or does not lie within the grid.
+    """
 
     def rule(layout: TokenLayout, _: Prompt | None) -> Mask:
+        rows, columns = layout.grid.height, layout.grid.width
+        last, end = rows if bottom is None else bottom, columns if right is None else right
+        if layout.video and not (0 <= top < last <= rows and 0 <= left < end <= columns):
+            raise LayoutError(
+                f"A box must lie within {rows} rows and {columns} columns of patches. Got top {top}, left {left}, "
+                f"bottom {last}, right {end}. Count patches, not pixels."
+            )
         inside = np.zeros(layout.grid.shape, bool)
-        inside[:, top:bottom, left:right] = True
+        inside[:, top:last, left:end] = True
         return _on_video(layout, inside)
 
     return Region(f"box({top}, {left}, {bottom}, {right})", rule)

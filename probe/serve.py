@@ -22,7 +22,8 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
     _refuse_overlap(call, edits)
     _serve(call, plan, edits)
     if call.changes:
-        plan.how[call.site, weigh.run(call)] += 1
+        weighed = [h for h in edits if not h.touches.isdisjoint(("weights", "added")) and h.where.rows(call.branches)]
+        plan.how[call.site, weigh.run(call, weighed)] += 1
     readouts = [h for h in handlers if h.stage == Stage.USED and h.where.rows(call.branches)]
     if plan.fuse and call.out is None and not call.changes and any(h.in_parts for h in readouts):
         call.run_in_parts()
@@ -70,4 +71,4 @@ def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
 def _meet(one: Handler, other: Handler, call: AttentionCall, row: int) -> bool:
     """Whether two edits change the same rows of a batch entry."""
     a, b = one.extent(call, row), other.extent(call, row)
-    return a is None or b is None or bool((a & b).any())
+    return a is None or b is None or a.shape != b.shape or bool((a & b).any())

@@ -6,6 +6,7 @@ Shapes: q [B, H, N, D]; k, v [B, H, M, D]; lse [B, H, N].
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -17,25 +18,29 @@ from probe.attend import State
 from probe.call import AttentionCall
 from probe.change import Added, Bias, Change, Factors, Map, Move
 from probe.entry import index_of
+from probe.errors import PlanError
 from probe.weigh_choice import way_of
 from probe.weigh_rows import Part
-from probe.weigh_table import table_of
+from probe.weigh_table import LARGEST, Table, table_of
 
 __all__ = ["Added", "Bias", "Change", "Factors", "Map", "Move", "attention", "run"]
 
 _SAME_BITS: dict[tuple[object, ...], bool] = {}
 
 
-def run(call: AttentionCall) -> str:
+def run(call: AttentionCall, edits: Sequence[object] = ()) -> str:
     """Compute `call.out` with all its changes; says how. Entries and heads without changes keep the bits of the plain
     kernel: the model's own attention if it is torch's, else they are left to the model. Changes that do nothing are
     dropped from the call; where none is left all of it is left to the model.
+
+    Raises:
+        PlanError: the changes of `edits` together hide every key of a row, or multiply a weight by more than e^80.
     """
     with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
         call.changes = [change for change in call.changes if _matters(call, change)]
         if not call.changes:
             return "plain"
-        said = [_compute(call, *part) for part in _parts(call)]
+        said = [_compute(call, edits, *part) for part in _parts(call)]
         if call.native:
             call.out = call.over()
     return ", ".join(way for way in dict.fromkeys(said) if way != "plain") or "plain"
@@ -54,15 +59,43 @@ def attention(call: AttentionCall, entry: int) -> State:
     return made
 
 
-def _compute(call: AttentionCall, entries: tuple[int, ...], heads: tuple[int, ...], changes: list[Change]) -> str:
+def _compute(
+    call: AttentionCall,
+    edits: Sequence[object],
+    entries: tuple[int, ...],
+    heads: tuple[int, ...],
+    changes: list[Change],
+) -> str:
     """Some entries and heads with equal changes; says how."""
     part = _part(call, entries, heads, changes)
+    table = table_of(part.some(Factors), part.q.shape[2], part.keys)
+    _refuse_large(call, table, edits)
     said, way = way_of(part)
     if said != "plain":
-        call.computed(entries, heads, way(part))
+        state = way(part)
+        if len(edits) > 1 and (table.blind.any() or part.some(Bias)):  # one alone sees to itself
+            _refuse_blind(call, entries[0], state, edits)
+        call.computed(entries, heads, state)
     elif call.native:
         call.computed(entries, heads, _own(call, entries, heads))
     return said
+
+
+def _refuse_large(call: AttentionCall, table: Table, edits: Sequence[object]) -> None:
+    if max(table.numerator.abs().max(), table.denominator.abs().max()) > LARGEST:
+        raise PlanError(
+            f"A weight must be multiplied by 5e34 (e^80) at most. Got more at {call.site} by all of "
+            f"{', '.join(map(str, edits))}. Lower the biases, or hide the other columns instead."
+        )
+
+
+def _refuse_blind(call: AttentionCall, entry: int, state: State, edits: Sequence[object]) -> None:
+    rows = call.sides(entry)[0].total
+    if state.lse[:, :, :rows].isneginf().any():
+        raise PlanError(
+            f"Every row must see at least one key. Got {', '.join(map(str, edits))} at {call.site}, which together "
+            "hide all keys of some rows. Leave one of them out, or choose other rows or columns."
+        )
 
 
 def _parts(call: AttentionCall) -> list[tuple[tuple[int, ...], tuple[int, ...], list[Change]]]:

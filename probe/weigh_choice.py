@@ -60,12 +60,12 @@ def cheapest(part: Part, table: Table) -> tuple[str, Way]:
     """The cheapest way to compute factors alone."""
     if table.plain:
         return "plain", _plain
-    entries, heads, rows, depth = part.q.shape
-    return _cheapest(table, entries * heads, rows, part.keys, depth, part.q.element_size())
+    rows, depth = part.q.shape[2:]
+    return _cheapest(table, rows, part.keys, depth, part.q.element_size())
 
 
 @lru_cache(maxsize=64)
-def _cheapest(table: Table, heads: int, rows: int, keys: int, depth: int, size: int) -> tuple[str, Way]:
+def _cheapest(table: Table, rows: int, keys: int, depth: int, size: int) -> tuple[str, Way]:
     parts, base = "gather" if table.hidden.any() else "split", base_groups(table)
     groups = " + ".join(["thin"] * bool(base.columns.any()) + [parts] * bool((~base.rows).any()))
     offers: list[tuple[float, str, Way]] = [  # the simpler ones first
@@ -75,7 +75,7 @@ def _cheapest(table: Table, heads: int, rows: int, keys: int, depth: int, size: 
     if table.positive:
         channels = min(table.numerator.shape) * (1 if size > 2 else 2)
         wider = 1 + (channels + -(depth + channels) % 8) / depth
-        masks = sum(_call(some.stop - some.start, keys) for some in chunks(rows, 4 * keys * heads))
+        masks = sum(_call(some.stop - some.start, keys) for some in chunks(rows, 4 * keys))
         times = 1 + table.raw
         offers.append((times * _call(rows, keys * wider + _WIDER), "channels", by_channels))
         offers.append((times * _MASKED * masks, "masked", masked))

@@ -25,7 +25,10 @@ def by_channels(part: Part, table: Table) -> State:
 def masked(part: Part, table: Table) -> State:
     """Biases, and the logarithms of factors >= 0, are added to the logits of some rows at a time."""
     made, biases = empty(part), part.some(Bias)
-    for rows in chunks(part.q.shape[2], 4 * part.keys * part.q[:, :, 0, 0].numel()):
+    apart = max(
+        (len(one) for one in (bias_of(part, bias, slice(0, 1)) for bias in biases) if one.dim() == 3), default=1
+    )
+    for rows in chunks(part.q.shape[2], 4 * part.keys * apart):
         some, added = part.at(rows), [bias_of(part, bias, rows) for bias in biases]
         state = _on_bias(some, [*added, _spread(table, table.denominator, rows, part.q)])
         if table.raw:

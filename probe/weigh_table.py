@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -16,6 +17,9 @@ from probe.entry import Place
 
 HIDDEN = -(2.0**15)
 """What an extra channel of q or k holds for a factor of 0: finite in half precision too, and exp of it is 0."""
+
+LARGEST = math.exp(80)
+"""The largest factor: sums of such weights still fit into single precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,11 @@ class Table:
     def positive(self) -> bool:
         """Whether the factors have logarithms, that of 0 being -inf."""
         return bool((self.numerator >= 0).all() and (self.denominator >= 0).all())
+
+    @cached_property
+    def blind(self) -> Tensor:
+        """Groups of rows that see nothing, bool [R]."""
+        return (self.denominator == 0).all(1)
 
     def among(self, columns: Tensor) -> Table:
         """The same for some of the columns, bool [M]."""

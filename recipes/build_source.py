@@ -10,7 +10,8 @@ import numpy as np
 
 from control.bank import Bank
 from control.match import Match
-from control.source import Constant, Itself, Peer, Source, Stored
+from control.constant import Constant
+from control.source import Itself, Peer, Source, Stored
 from probe.errors import UsageError
 from probe.layout import Grid
 from probe.site import Branch, Where
@@ -61,6 +62,7 @@ def _stored(given: spec.Stored, tensors: str, edit: Operation, context: Context)
     for name, value, count in (("step", at.step, context.steps), ("layer", at.layer, context.layers)):
         if value is not None and value >= count:
             raise UsageError(f"stored.{name} must lie in 0 to {count - 1}. Got {value}. Lower it.")
+    _refuse_later(at, edit, where, context)
     prompts = None if at.prompt is None else (context.prompt(at.prompt),)
     bank = Bank(
         tensors,
@@ -73,6 +75,23 @@ def _stored(given: spec.Stored, tensors: str, edit: Operation, context: Context)
     )
     context.extra.append(bank)
     return Stored(bank, at.step, at.layer, None if prompts is None else prompts[0])
+
+
+def _refuse_later(at: spec.StoredAt, edit: Operation, where: Where, context: Context) -> None:
+    """What an edit takes must be there at its first call; in a perturbed pass the steps are also those of its guide."""
+    steps, layer = context.acting(edit), 0 if where.layers is None else min(where.layers)
+    if context.role is not None or not steps:
+        return
+    step = steps[0] if at.step is None else at.step
+    late = {"step": (step, steps[0])}
+    if step == steps[0] and at.layer is not None:
+        late["layer"] = (at.layer, layer)
+    for name, (stored, first) in late.items():
+        if stored > first:
+            raise UsageError(
+                f"stored.{name} must not lie behind the first {name} of its edit, {first}. Got {stored}. Lower it, or "
+                f"let the edit begin at {name} {stored}."
+            )
 
 
 def mapping_of(rows: spec.Rows | None, grid: Grid) -> Any:
@@ -90,7 +109,7 @@ def mapping_of(rows: spec.Rows | None, grid: Grid) -> Any:
     if len(rows) != grid.size or max(rows) >= grid.size:
         raise UsageError(
             f"A mapping must have one source row below {grid.size} for each of {grid.size} video tokens. Got "
-            f"{len(rows)} up to {max(rows)}. Number them as the grid {grid}, frame by frame."
+            f"{len(rows)}{f' up to {max(rows)}' if rows else ''}. Number them as the grid {grid}, frame by frame."
         )
     return np.array(rows)
 

@@ -41,7 +41,8 @@ def interventions(job: Job) -> Program:
     made = program(
         Context(job.recipe, job.steps, size.layers, size.heads, size.layout, size.rope, job.segments, job.window)
     )
-    check(made, lambda handlers: _plan(job, handlers), branches(job, made), size.heads)
+    runs = [_at_step(job, made, step) for step in range(job.steps)]
+    check(made, lambda handlers: _plan(job, handlers), runs, size.heads)
     return made
 
 
@@ -52,9 +53,16 @@ def _plan(job: Job, handlers: Sequence[Handler]) -> Plan:
 
 def branches(job: Job, made: Program) -> tuple[Branch, ...]:
     """Every branch that the run evaluates in some step."""
-    found = dict.fromkeys(branch for step in range(job.steps) for branch in _conditional(job, made, step))
+    return tuple(dict.fromkeys(branch for step in range(job.steps) for branch in _at_step(job, made, step)))
+
+
+def _at_step(job: Job, made: Program, step: int) -> list[Branch]:
+    """The branches of a step, both halves of guidance. A stock pipeline may have both whatever its guidance."""
+    found = _conditional(job, made, step)
+    if job.guidance <= 1 and job.segments is None and job.size.clip is not None:
+        return found
     plain = [branch for branch in found if branch.role in ("plain", "source", "target")]
-    return (*(replace(branch, guided=False) for branch in plain), *found)
+    return [*(replace(branch, guided=False) for branch in plain), *found]
 
 
 def _conditional(job: Job, made: Program, step: int) -> list[Branch]:
@@ -122,7 +130,7 @@ def _runs(numbers: Sequence[int]) -> str:
 def _told(job: Job, change: Change) -> str:
     """What an edit became, where it acts, and its cost."""
     if not change.handlers:
-        return "nothing: its window is empty"
+        return "nothing: its window is empty" if job.segments else "nothing: its guide has weight 0"
     cost = _plan(job, change.handlers).cost(job.size.layout)
     return f"{'; '.join(map(str, change.handlers))}; {_places(job, change)}; {cost:.1%} more attention"
 

@@ -10,6 +10,7 @@ from typing import Any
 from control.address import Area
 from control.extract import ExtractMask
 from control.sink import Sinks
+from control.strength import strength_at
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe import region
@@ -83,6 +84,12 @@ class Context:
             branches=None if branches == Branches() else branches,
             kinds=None if edit.kinds is None else frozenset(edit.kinds),
         )
+
+    def acting(self, edit: Operation) -> tuple[int, ...]:
+        """The steps at which an edit changes anything: its own, without those of strength 0."""
+        steps, strength = self.span(edit.steps, self.steps, "steps"), strength_of(edit.strength)
+        every = range(self.steps) if steps is None else steps
+        return tuple(step for step in every if strength_at(strength, step, self.steps))
 
     def address(self, edit: Operation) -> dict[str, Any]:
         """`strength` and `where` of an edit, and `rows` if it names some."""

@@ -6,6 +6,7 @@ Shapes: clip uint8 [F, H, W, 3]; token mask bool [T, h, w].
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,11 +179,26 @@ def measured(made: Made, name: str, arguments: Mapping[str, Any]) -> float:
     Raises:
         UsageError: no such measure, or other arguments than it takes.
     """
+    refuse_unknown(name, arguments)
+    try:
+        return MEASURES[name](made, **arguments)
+    except KeyError as error:
+        raise UsageError(
+            f"The measure {name} must get its own arguments. Got {dict(arguments)}: {error}. See recipes/effect.py."
+        ) from error
+
+
+def refuse_unknown(name: str, arguments: Mapping[str, Any]) -> None:
+    """Nothing, for a measure with its own arguments.
+
+    Raises:
+        UsageError: no such measure, or other arguments than it takes.
+    """
     if name not in MEASURES:
         raise UsageError(f"A measure must be one of {', '.join(MEASURES)}. Got {name!r}. Choose among those.")
     try:
-        return MEASURES[name](made, **arguments)
-    except (TypeError, KeyError) as error:
+        inspect.signature(MEASURES[name]).bind(None, **arguments)
+    except TypeError as error:
         raise UsageError(
             f"The measure {name} must get its own arguments. Got {dict(arguments)}: {error}. See recipes/effect.py."
         ) from error

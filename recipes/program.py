@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from control.address import Area
 from control.extract import ExtractMask
-from control.guide import Guide
+from control.guide import Guide, passes
 from control.latent import Blend, LatentEdit
 from control.noise import LowPass, NoiseShuffle, Nudge
 from control.reuse import Reuse
-from probe.errors import UsageError
+from probe.errors import PlanError, UsageError
 from probe.plan import Handler, Plan
 from probe.site import Branch, Where, chosen
 from recipes.build import build, of_prompts
@@ -77,7 +77,9 @@ def program(context: Context) -> Program:
     for number, edit in enumerate(recipe.edits):
         with context.at(f"edits.{number} {edit.op}") as here:
             edits[here.place] = _change(edit, here)
-    guides = tuple(_guide(number, edits, context) for number in range(len(recipe.guides)))
+    guides = tuple(_guide(number, context) for number in range(len(recipe.guides)))
+    for number in range(len(guides)):
+        edits |= _perturbations(number, guides, context)
     latents = tuple(made for number in range(len(recipe.latents)) for made in _latents(number, context))
     for name in recipe.record.masks if recipe.record else ():
         context.mask(name)
@@ -95,16 +97,49 @@ def _change(edit: Operation, context: Context) -> Change:
     return Change(made, where)
 
 
-def _guide(number: int, edits: dict[str, Change], context: Context) -> Guide:
-    """A guide; what it perturbs by is added to `edits`."""
+def _guide(number: int, context: Context) -> Guide:
     guide = context.recipe.guides[number]
-    for inner, edit in enumerate(guide.perturb):
-        with replace(context, role=guide.name).at(f"guides.{number}.perturb.{inner} {edit.op}") as here:
-            edits[here.place] = _change(of_prompts(edit, guide.prompts), here)
     with context.at(f"guides.{number}") as here:
         prompts = None if guide.prompts is None else tuple(map(here.prompt, guide.prompts))
         steps = here.span(guide.steps, here.steps, "steps")
         return Guide(strength_of(guide.weight), guide.name, steps, prompts)
+
+
+def _perturbations(number: int, guides: Sequence[Guide], context: Context) -> dict[str, Change]:
+    """What a guide perturbs its pass by, only where there is one; nothing where its weights leave none in any step."""
+    guide, made = context.recipe.guides[number], dict[str, Change]()
+    runs = _passes(guide.name, guides, context)
+    around = replace(context, role=guide.name) if any(runs) else replace(context, role=guide.name, extra=[], masks={})
+    for inner, edit in enumerate(guide.perturb):
+        with around.at(f"guides.{number}.perturb.{inner} {edit.op}") as here:
+            change = _change(of_prompts(edit, guide.prompts), here)
+            made[here.place] = _within(runs, change) if any(runs) else Change((), change.where)
+    return made
+
+
+def _passes(role: str, guides: Sequence[Guide], context: Context) -> list[list[Branch]]:
+    """The perturbed branches of a role in each step; guides of one role share them."""
+    plain = [Branch(prompt=number) for number in range(len(context.recipe.texts))]
+    found = [passes(guides, plain, step, context.steps) for step in range(context.steps)]
+    return [[replace(plain[row], role=role) for one, row in made if one == role] for made in found]
+
+
+def _within(runs: Sequence[Sequence[Branch]], change: Change) -> Change:
+    """A change in those of its steps that have a branch of it; whole if none has, to be refused by its place."""
+    kept = []
+    for handler in change.handlers:
+        asked = chosen(handler.where.steps, len(runs))
+        steps = tuple(step for step in asked if _any_of(change, runs[step]))
+        if steps and steps != asked:
+            handler.where = replace(handler.where, steps=steps)
+        kept += [handler] if steps else []
+    return Change(tuple(kept) or change.handlers, change.where)
+
+
+def _any_of(change: Change, branches: Sequence[Branch]) -> bool:
+    """Whether a change is for one of these branches."""
+    pick = change.where.branches
+    return any(pick is None or pick(branch) for branch in branches)
 
 
 def _latents(number: int, context: Context) -> Iterator[LatentEdit]:
@@ -134,25 +169,38 @@ def _again(context: Context) -> Again | None:
     return Again(LowPass(renew.time, renew.space, renew.shape, renew.order), renew.step, renew.times)
 
 
-def check(made: Program, bind: Callable[[Sequence[Handler]], Plan], branches: Sequence[Branch], heads: int) -> None:
+def check(
+    made: Program, bind: Callable[[Sequence[Handler]], Plan], runs: Sequence[Sequence[Branch]], heads: int
+) -> None:
     """Refuse a program that cannot work: edits that select nothing, or two that change the same tensor at one place.
 
-    `bind` makes the plan of some handlers for the model and the run; `branches` are all that the run has.
+    `bind` makes the plan of some handlers for the model and the run; `runs` are the branches that each step has.
 
     Raises:
         PlanError: names the edit in the recipe.
     """
     before: list[tuple[Change, Handler]] = []
+    branches = tuple(dict.fromkeys(branch for step in runs for branch in step))
     for place, change in made.edits.items():
         try:
             for handler in change.handlers:
                 bind([handler])
+                _refuse_unmet(change, handler, runs)
                 for other, earlier in before:
                     if _meet(change, other, branches, heads):
                         bind([_everywhere(earlier), _everywhere(handler)])
         except UsageError as error:
             raise type(error)(f"{place}: {error}") from error
         before += [(change, handler) for handler in change.handlers]
+
+
+def _refuse_unmet(change: Change, handler: Handler, runs: Sequence[Sequence[Branch]]) -> None:
+    if not any(_any_of(change, runs[step]) for step in chosen(handler.where.steps, len(runs))):
+        raise PlanError(
+            f"An edit must be for a pass that the run makes in one of its steps. Got {handler}, which is for none. "
+            "Check its steps, prompts and guidance: a perturbed pass is made in the steps of its guide, and the "
+            "unconditional half with a guidance above 1."
+        )
 
 
 def _meet(one: Change, other: Change, branches: Sequence[Branch], heads: int) -> bool:

@@ -32,7 +32,7 @@ def recipe_of(run: Run) -> Recipe:
     """The recipe a stopped run was made from.
 
     Raises:
-        StoreError: the run is done, or still being written.
+        StoreError: the run is done, still being written, or ended because its recipe cannot work.
     """
     if run.status in ("done", "running"):
         raise StoreError(
@@ -41,6 +41,11 @@ def recipe_of(run: Run) -> Recipe:
     if "recipe" not in run.info:
         raise StoreError(
             f"A run to resume must come from a recipe. Got {run.path}, made by probe.record. Record it again."
+        )
+    if run.info.get("refused"):
+        raise StoreError(
+            f"A run to resume must not have been refused. Got {run.path}, whose recipe cannot work: "
+            f"{run.info.get('error')} Start it anew with another recipe."
         )
     return parse.load(str(run.path / "recipe.yaml"))
 

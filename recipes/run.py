@@ -10,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from control.denoise import State
-from probe.errors import MmditError, StoreError
+from probe.errors import MmditError, StoreError, UsageError
 from probe.models.load import load
 from probe.provenance import where_from
 from probe.recorder import Recorder
@@ -67,7 +68,7 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
     run's.
 
     Raises:
-        StoreError: the run is done, keeps more than its latents from step to step, or was made by other software, on
+        StoreError: the run is done, its recipe was refused, it keeps more than its latents from step to step, or was made by other software, on
             another device or with another model.
     """
     run = Run(folder)
@@ -90,8 +91,7 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
         with tqdm(total=job.steps, initial=state.step, desc=recipe.name, unit="step", disable=quiet) as bar:
             on_step = _on_step(loaded, recorder, bar)
             if state.step < job.steps:
-                start = state
-                state = loaded.traced.run(lambda clock: loaded.drive(clock, start, on_step), recipe.texts)
+                state = _denoised(loaded, writer, state, on_step)
         finish_video(writer.folder, loaded.clips(state), show(job))
         kept.write(loaded.made, writer.folder)
         loop.close()
@@ -99,6 +99,16 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
         forwards, ways = sum(clip_forwards(job, loaded.made)), dict(loaded.traced.computed)
         writer.finish("done", seconds=seconds, clip_forwards=forwards, computed=ways)
     return Run(writer.folder)
+
+
+def _denoised(loaded: Loaded, writer: RunWriter, start: State, on_step: Callable[[State], None]) -> State:
+    """The state after the last step; run.json says of a recipe that was refused that it was."""
+    try:
+        return loaded.traced.run(lambda clock: loaded.drive(clock, start, on_step), loaded.job.recipe.texts)
+    except UsageError as error:
+        with contextlib.suppress(StoreError):  # the first error is the one to hear about
+            writer.finish("failed", str(error), refused=True)
+        raise
 
 
 def _advice(made: Program, folder: Path) -> str:
@@ -113,11 +123,20 @@ def _on_step(loaded: Loaded, recorder: Recorder, bar: Any) -> Callable[[State], 
 
     def write(state: State) -> None:
         step = state.step - 1
+        _refuse_overflow(state, loop.steps)
         attrs = {"timestep": loop.timesteps[step], "sigma": loop.sigma(step), **source}
         recorder.write(step, attrs, resume.kept_of(state, loop.timesteps[step]))
         bar.update()
 
     return write
+
+
+def _refuse_overflow(state: State, steps: int) -> None:
+    if not torch.isfinite(state.latents).all():
+        raise MmditError(
+            f"Latents must be finite numbers after every step. Got NaN or infinity after step {state.step - 1} of "
+            f"{steps}, which is not kept. Weaken the edits, guides or guidance of the recipe."
+        )
 
 
 @contextlib.contextmanager

@@ -72,6 +72,16 @@ class Studio:
             self._made[key] = self._make(recipe)
         return self._made[key]
 
+    def check(self, overrides: Mapping[str, Any]) -> str:
+        """The text of the recipe under overrides, which can run as far as it alone can tell.
+
+        Raises:
+            MmditError: it cannot.
+        """
+        recipe = parse.load(self.recipe, _settings(overrides))
+        interventions(prepare(recipe))
+        return parse.dump(recipe)
+
     def _make(self, recipe: Recipe) -> Made:
         job = prepare(recipe)
         if job.size.clip is None:

@@ -4,7 +4,6 @@ place. Results are stored as JSON; the table in the README is made of them. No t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,12 +18,10 @@ from probe.errors import UsageError
 from recipes import effect
 from recipes.language import plan_file
 from recipes.language.part import Part
+from recipes.study_store import Done
 
 STUDIES = Path(__file__).parent / "studies"
 """The studies that come with the recipes."""
-
-RESULTS = Path(__file__).parents[1] / "data" / "studies"
-"""What they found on the miniature, in a clone."""
 
 CONFIDENCE = 0.95
 
@@ -64,6 +61,15 @@ class Study(Part):
             if arm not in self.arms:
                 raise ValueError(f"must be against its own arms. Got {arm}; they are {', '.join(self.arms) or 'none'}")
         return self
+
+    def refuse_unknown(self) -> None:
+        """Nothing, if its measures are there and get their own arguments.
+
+        Raises:
+            UsageError: one is not.
+        """
+        for measure in self.measures:
+            effect.refuse_unknown(measure.name, measure.arguments)
 
 
 def names() -> tuple[str, ...]:
@@ -133,18 +139,21 @@ Make = Callable[[Mapping[str, Any], int], effect.Made]
 """(overrides of the recipe, seed) -> what it made."""
 
 
-def carry_out(study: Study, seeds: Sequence[int], make: Make, arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Measure every arm at every seed; `arms` holds the recipe itself as "recipe" and all others.
+def carry_out(
+    study: Study, seeds: Sequence[int], make: Make, arms: Mapping[str, Mapping[str, Any]], done: Done | None = None
+) -> dict[str, Any]:
+    """Measure every arm at every seed; `arms` holds the recipe itself as "recipe" and all others. Seeds that are `done`
+    are not measured again.
 
     Returns what is stored: values [seeds] by arm and measure, their intervals, and for each other arm the interval of
     the paired difference recipe - arm.
     """
-    values: dict[str, list[list[float]]] = {arm: [[] for _ in study.measures] for arm in arms}
+    done = done or Done()
     for seed in seeds:
-        for arm, overrides in arms.items():
-            made = make({**study.set, **overrides}, seed)
-            for measure, found in zip(study.measures, values[arm], strict=True):
-                found.append(effect.measured(made, measure.name, measure.arguments))
+        if str(seed) not in done.values:
+            done.add(seed, {arm: _measured(study, make({**study.set, **arms[arm]}, seed)) for arm in arms})
+    of_seed = [done.values[str(seed)] for seed in seeds]
+    values = {arm: [list(one) for one in zip(*(found[arm] for found in of_seed), strict=True)] for arm in arms}
     return {
         "recipe": study.recipe,
         "claim": study.claim,
@@ -156,6 +165,10 @@ def carry_out(study: Study, seeds: Sequence[int], make: Make, arms: Mapping[str,
             for number, measure in enumerate(study.measures)
         ],
     }
+
+
+def _measured(study: Study, made: effect.Made) -> list[float]:
+    return [effect.measured(made, measure.name, measure.arguments) for measure in study.measures]
 
 
 def _told(measure: Measure, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -172,26 +185,6 @@ def _told(measure: Measure, values: Mapping[str, Sequence[float]]) -> dict[str, 
 def shown(result: Mapping[str, Any]) -> bool:
     """Whether every measure beats every other arm beyond chance."""
     return all(arm["excludes zero"] for measure in result["measures"] for arm in measure["difference to"].values())
-
-
-def write(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
-    """Store a result as folder/name.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
-def stored(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder by name.
-
-    Raises:
-        UsageError: one of them is no JSON.
-    """
-    try:
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    except json.JSONDecodeError as error:
-        raise UsageError(f"A stored study must be JSON. Got {folder}: {error}. Run the study again.") from error
 
 
 def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

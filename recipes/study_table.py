@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes import study
+from recipes import study, study_store
 from recipes.language import parse
 
-FAMILIES = study.RESULTS.parent / "families.json"
+FAMILIES = study_store.RESULTS.parent / "families.json"
 """What every recipe did on each family that runs through its stock pipeline: `RUNS`, or why not."""
 
 RUNS = "runs"
@@ -22,7 +22,7 @@ _HEAD = ("recipe", "source", "families", "measured", "with it", "without", "in a
 
 def markdown(results: Path) -> str:
     """One line per shipped recipe, from the stored results in a folder."""
-    found, ends = study.stored(results), json.loads(FAMILIES.read_text(encoding="utf-8"))
+    found, ends = study_store.stored(results), json.loads(FAMILIES.read_text(encoding="utf-8"))
     lines = [_line(_HEAD), _line(["---"] * len(_HEAD))]
     for name in parse.names():
         recipe = parse.load(name)

@@ -21,7 +21,8 @@ from control.extend import Extend
 from control.fork import Fork
 from control.reweight import Reweight
 from control.scale import Temper
-from control.source import Constant
+from control.constant import Constant
+
 from control.transfer import Transfer
 from control.variant import Edited
 from control.window import Window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,25 +27,36 @@ def run(
     format: Format = "text",
 ) -> None:
     """Run studies and store what they find as JSON, one file each."""
-    from recipes import study
+    from probe.errors import UsageError
+    from recipes import study, study_store
     from recipes.studio import Studio
 
     plans = {Path(name).stem: study.load(name) for name in names}
     for name, plan in plans.items():
         studio = Studio(plan.recipe)
         arms = study.arms_of(plan, studio.counts)
+        texts = [studio.check({**plan.set, **overrides}) for overrides in arms.values()]
+        plan.refuse_unknown()
+        folder = results or study_store.RESULTS
+        done = study_store.Done.at(folder, name, json.dumps([plan.model_dump(), texts]))
         make = _watched(studio, name, len(arms) * seeds, format == "json")
-        found = study.carry_out(plan, range(first, first + seeds), make, arms)
-        study.write(results or study.RESULTS, name, found)
+        try:
+            found = study.carry_out(plan, range(first, first + seeds), make, arms, done)
+        except KeyboardInterrupt:
+            raise UsageError(
+                f"A study must finish to be stored. Got an interrupt: {done}. Run it again to go on."
+            ) from None
+        study_store.write(folder, name, found)
+        done.forget()
         console.table(f"{name}: {plan.claim}", study.rows({name: found}), format)
 
 
 @app.command("list")
 def list_studies(results: Results = None, format: Format = "text") -> None:
     """The studies, and what they found where their results are stored."""
-    from recipes import study
+    from recipes import study, study_store
 
-    found = study.stored(results or study.RESULTS)
+    found = study_store.stored(results or study_store.RESULTS)
     rows = [
         {
             "study": name,
@@ -60,9 +72,9 @@ def list_studies(results: Results = None, format: Format = "text") -> None:
 def show(name: str, results: Results = None, format: Format = "text") -> None:
     """What one study found."""
     from probe.errors import UsageError
-    from recipes import study
+    from recipes import study, study_store
 
-    found = study.stored(results or study.RESULTS)
+    found = study_store.stored(results or study_store.RESULTS)
     if name not in found:
         raise UsageError(f"A study must have been run. Got {name}. Run: mmdit study run {name}")
     console.table(f"{name}: {found[name]['claim']}", study.rows({name: found[name]}), format)
@@ -71,10 +83,10 @@ def show(name: str, results: Results = None, format: Format = "text") -> None:
 @app.command()
 def table(results: Results = None) -> None:
     """The shipped recipes and what was found, as Markdown."""
-    from recipes import study
+    from recipes import study_store
     from recipes.study_table import markdown
 
-    console.text(markdown(results or study.RESULTS))
+    console.text(markdown(results or study_store.RESULTS))
 
 
 def _watched(make: Any, name: str, count: int, quiet: bool) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from probe.comment import CARRIERS, comment_of
 from probe.errors import RecipeError
-from probe.folder import RECIPE
+from probe.folder import INFO, RECIPE
 from recipes.language import registry
 from recipes.language.parse_tree import MOST_BYTES, Origin, Tree, read
 
@@ -51,11 +51,9 @@ def find(recipe: str) -> Path:
     """
     if recipe in names():
         return LIBRARY / f"{recipe}.yaml"
-    path = Path(recipe).expanduser()
-    if path.is_file():
+    path = file_of(recipe)
+    if path is not None:
         return path
-    if (path / RECIPE).is_file():
-        return path / RECIPE
     there = list(listed())
     found = [one for one in there if one.name == recipe]
     if len(found) > 1:
@@ -66,7 +64,32 @@ def find(recipe: str) -> Path:
     known = list(dict.fromkeys(one.name for one in there))
     near = difflib.get_close_matches(recipe, known, 1)
     hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(known)}."
-    raise RecipeError(f"A recipe must be a YAML file or a built-in name. Got {recipe}. {hint}")
+    raise RecipeError(f"A recipe must be a YAML file or a built-in name. Got {short(recipe)}. {hint}")
+
+
+def file_of(path: str) -> Path | None:
+    """The file at a path, the recipe for the folder or the run.json of a run; None if nothing is there.
+
+    Raises:
+        RecipeError: the run.json of a run without a recipe.
+    """
+    try:
+        given = Path(path).expanduser()
+        recipe = (given.parent if given.name == INFO else given) / RECIPE
+        if recipe.is_file():
+            return recipe
+        if not given.is_file():
+            return None
+    except (OSError, ValueError, RuntimeError):  # a name too long for a file, an unknown home
+        return None
+    if given.name == INFO:
+        raise RecipeError(f"A run must hold {RECIPE} to be run again. Got {path} without one. Name a YAML file.")
+    return given
+
+
+def short(text: str) -> str:
+    """A text that fits into a sentence."""
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
 
 
 def text_of(path: Path) -> str:
@@ -116,14 +139,24 @@ def inside(path: str, at: Tree) -> Path:
     Raises:
         RecipeError: it leads out of that folder, also by links, or no file is there.
     """
+    try:
+        return _inside(Path(path), at)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise at.error(f"a path must be readable. Got {short(repr(path))}: {_reason(error)}. Rename the file.") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _inside(given: Path, at: Tree) -> Path:
     folder = (at.origin.folder or Path()).resolve()
-    given = Path(path)
     if given.is_absolute() or ".." in given.parts or not (folder / given).resolve().is_relative_to(folder):
-        raise at.error(f"a path must stay inside of the recipe's folder. Got {path}. Put the file beside the recipe.")
+        raise at.error(f"a path must stay inside of the recipe's folder. Got {given}. Put the file beside the recipe.")
     if not (folder / given).is_file():
-        near = difflib.get_close_matches(path, [file.name for file in folder.iterdir()] + list(names()), 1)
+        near = difflib.get_close_matches(str(given), [file.name for file in folder.iterdir()] + list(names()), 1)
         hint = f"Did you mean {near[0]}?" if near else "Check its name."
-        raise at.error(f"a path must lead to a file. Got {path}, which is not in {folder}. {hint}")
+        raise at.error(f"a path must lead to a file. Got {given}, which is not in {folder}. {hint}")
     return folder / given
 
 

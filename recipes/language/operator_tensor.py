@@ -45,6 +45,10 @@ class Transfer(Operation):
             raise ValueError("must be for all prompts and both halves with previous_segment")
         if self.source == PREVIOUS and self.places is not None:
             raise ValueError("must have heads in place of places with previous_segment, whose layers are DiTCtrl's")
+        unused = {"mapping": self.mapping, "positions": self.positions == "target", "kinds": self.kinds}
+        for name, given in unused.items():
+            if self.source == PREVIOUS and given not in (None, False):
+                raise ValueError(f"must have no {name} with previous_segment")
         if self.source != PREVIOUS and "auto" in (self.steps, self.layers):
             raise ValueError("must have auto steps or layers with previous_segment only")
         return self

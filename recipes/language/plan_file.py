@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from probe.errors import UsageError
-from recipes.language.include import text_of
+from recipes.language.include import file_of, short, text_of
 from recipes.language.parse_error import error_of
 from recipes.language.parse_tree import Origin, read
 from recipes.language.part import Part
@@ -30,11 +30,11 @@ def load(kind: type[P], name: str, folder: Path) -> P:
         RecipeError: its file is not one.
     """
     known = names(folder)
-    path = folder / f"{name}.yaml" if name in known else Path(name)
-    if not path.is_file():
+    path = folder / f"{name}.yaml" if name in known else file_of(name)
+    if path is None:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known) or 'none'}."
-        raise UsageError(f"A {kind.__name__.lower()} must be a name or a YAML file. Got {name}. {hint}")
+        raise UsageError(f"A {kind.__name__.lower()} must be a name or a YAML file. Got {short(name)}. {hint}")
     tree = read(text_of(path), Origin(path.name, path.parent))
     try:
         return kind.model_validate(tree.plain)

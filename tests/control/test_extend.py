@@ -9,9 +9,10 @@ import torch
 
 from control.bank import Bank
 from control.bias import Bias
+from control.constant import Constant
 from control.extend import Extend
 from control.sink import Sinks
-from control.source import Constant, Itself, Stored
+from control.source import Itself, Stored
 from control.window import Window
 from probe.errors import PlanError, UsageError, WordError
 from probe.region import frames, text, video, words
@@ -127,6 +128,15 @@ def test_a_constant_key_has_the_value_it_is_given(settings):
     torch.testing.assert_close(got, extended(call, zero, value[:, None], 2.0), **TIGHT)
 
 
+def test_a_constant_key_of_no_column_is_not_added():
+    """The unconditional half shows no words, and the keys of cross attention are no video."""
+    halves, mean = [Branch(guided=False), Branch()], Constant("mean")
+    assert [change.entry for change in served(batch(halves), Extend(mean, columns=words("cat"))).changes] == [1]
+    for source in (mean, Constant("zero"), Constant(torch.ones(16))):
+        assert not served(double_call(kind="cross"), Extend(source)).changes
+        assert served(double_call(kind="cross"), Extend(source, columns=text())).changes
+
+
 def cells(call, x, pool, counted):
     """Means over the cells of the grid, in order, of the tokens that are counted."""
     frame_count, height, width = call.layout.grid.shape
@@ -179,7 +189,7 @@ def test_keys_of_an_earlier_call_of_the_step():
     (added,) = calls[1].changes
     assert torch.equal(added.k, k)
     assert torch.equal(added.v, v)
-    with pytest.raises(UsageError, match="Columns of a source in another call must be a region. Got sinks"):
+    with pytest.raises(UsageError, match="An area of a source in another call must be a region. Got sinks"):
         found = Extend(0, 1, columns=Sinks(1.5))
         found.begin(calls[0].prompts, 10, 1)
         for call in calls:

@@ -147,7 +147,7 @@ def test_hidden_states_are_filtered_once_and_in_some_rows(bench):
     with patched_block(bench, 1, patched, streams=("video",)):
         expected = bench.latents()
     where = probe.Where(layers=1, branches=GUIDED)
-    edit = Filter("h", "yx", 0.5, "high", rows=box(0, 0, 1, 99), where=where)
+    edit = Filter("h", "yx", 0.5, "high", rows=box(0, 0, bottom=1), where=where)
     assert same_run(bench.latents(edit), expected, bench.plain)
 
 

@@ -9,10 +9,12 @@ import probe
 from control.bias import Bias
 from control.closed_form import Fixed, Identity, MeanOf, Sharpest, Uniform, Within
 from control.fork import Fork
+from control.reuse import Reuse
 from control.scale import Scale, Temper
 from control.strength import Ramp
 from control.transfer import Transfer
 from control.variant import Edited
+from control.window import Window
 from probe.attend import State
 from probe.errors import PlanError, UsageError
 from probe.plan import Plan
@@ -308,3 +310,9 @@ def test_a_variant_takes_from_another_prompt_of_the_step(family):
     assert apart(forked, direct) < 1e-5
     assert apart(direct, plain) > 1e-4
     assert torch.equal(forked[0], plain[0])
+
+
+def test_an_edit_of_the_output_is_no_variant():
+    for late in (Reuse(Window(frames=1)), Scale("o", 2.0)):
+        with pytest.raises(UsageError, match="must be made of edits of q, k, v or the weights"):
+            Edited(late)

@@ -13,13 +13,14 @@ import torch
 
 from control.bias import Bias, BiasFunction, BiasTable
 from control.closed_form import Fixed, Identity, MeanOf, Sharpest, Uniform, Within
+from control.constant import Constant
 from control.extend import Extend
 from control.fork import Fork
 from control.perturb import BlurQuery, MaskRegion
 from control.reweight import Reweight
 from control.rotate import Rotate
 from control.scale import Scale, Temper
-from control.source import Constant, Itself
+from control.source import Itself
 from control.transfer import Transfer
 from control.variant import Edited
 from control.window import Window

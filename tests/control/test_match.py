@@ -11,12 +11,16 @@ import torch
 import control
 import probe
 from control import match
+from control.address import Found
+from control.bank import Bank
 from control.match import Match, nearest
-from control.source import Itself, Peer
+from control.source import Itself, Peer, Stored
 from probe.errors import PlanError, UsageError
+from probe.layout import Grid
 from probe.region import frames, video
-from probe.site import Where
+from probe.site import Branch, Where
 from tests import tiny
+from tests.control.whole import batch, double_call, served
 from tests.toys import Case
 from tests.toys.bench import Keep, bench_of
 
@@ -100,6 +104,48 @@ def test_frames_take_outputs_of_their_nearest_in_a_keyframe(pipe):
         expected[:, at + 16 :] = own[row, :, at + index[16:]]
         assert torch.equal(call.out[row], expected)
         assert not torch.equal(call.out[row], own[row])
+
+
+class Some(Found):
+    """Another area for each batch entry."""
+
+    def __init__(self, *areas):
+        self.areas = areas
+
+    def __str__(self):
+        return "some"
+
+    def inside(self, call, entry, side):
+        return torch.from_numpy(self.areas[entry].mask(getattr(call, side)))
+
+
+@pytest.mark.parametrize("features", ["q", "k", "v"])
+@pytest.mark.parametrize("source", [None, 0])
+def test_candidates_are_of_the_source(features, source):
+    """Its object lies in other frames than that of the target."""
+    call = batch([Branch(0), Branch(1)], prompts=2)
+    own, at = call.own[features].clone(), slice(15, 31)
+    mapping = Match(source, features, among=Some(frames(1, 3), frames(0)))
+    served(call, control.Transfer("v", 0, 1, mapping=mapping))
+    found = slow(vectors(own[1, :, 7:]), vectors(own[0, :, at]))
+    expected = call.own["v"][1].clone()
+    expected[:, 7:] = call.own["v"][0][:, at][:, [j for j, _ in found]]
+    assert torch.equal(call.v[1], expected)
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 2, 4), Grid(2, 3, 5)])
+def test_candidates_of_a_bank_are_on_its_own_grid(grid):
+    bank, first, call = Bank("kv"), double_call(seed=3, grid=grid), double_call()
+    bank.begin((), 10, 1)
+    bank.serve(first, (0,))
+    k, v = (first.own[name][0, :, 7 : 7 + grid.patches] for name in "kv")
+    found = slow(vectors(call.own["k"][0, :, 7:]), vectors(k))
+    expected = call.own["v"][0].clone()
+    expected[:, 7:] = v[:, [j for j, _ in found]]
+    served(call, control.Transfer("v", Stored(bank), mapping=Match(among=frames(0))))
+    assert torch.equal(call.v[0], expected)
+    with pytest.raises(UsageError, match="source in another call must be a region. Got some"):
+        served(double_call(), control.Transfer("v", Stored(bank), mapping=Match(among=Some(frames(0)))))
 
 
 def test_the_nearest_to_a_token_is_itself(pipe):

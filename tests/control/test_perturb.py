@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from control.constant import Constant
 from control.path import PathToIdentity
 from control.perturb import (
     BlurQuery,
@@ -14,7 +15,6 @@ from control.perturb import (
     uniform_attention,
     video_mass_to_self,
 )
-from control.source import Constant
 from control.transfer import Transfer
 from probe.errors import PlanError, UsageError
 from probe.models.rope import Rope, by_axis

@@ -7,19 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import probe
 from control.bias import Bias
 from control.reuse import Reuse
 from control.shadow import shadow
+from control.sparsify import Sparsify
 from control.transfer import Transfer
 from control.window import Window
 from probe.call import AttentionCall
-from probe.errors import UsageError
+from probe.errors import PlanError, UsageError
 from probe.layout import Grid, TokenLayout
 from probe.plan import Plan
 from probe.region import frames, text
-from probe.serve import before_attention
+from probe.serve import after_attention, before_attention
 from probe.site import Branch, Site, Where, Which
 from tests import tiny
 from tests.oracle import weights
@@ -125,6 +127,102 @@ def test_other_edits_of_the_same_call_stay(pipe):
                 *_, whole = parts(call, row, [0, 1])
                 full = (call.out[row] - whole).abs().max() < 5e-6
                 assert full == (call.site.step % 3 == 0)
+
+
+LAYOUT = TokenLayout("text-video", 3, Grid(2, 2, 3))
+
+
+def calls_of(*edits, native=True, same=False):
+    """The calls of four steps of two prompts, three heads, in double precision; the `same` tensors, or new ones."""
+    plan, made = Plan(edits, steps=4, layers=1, heads=3), []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(0 if same else step)
+        q, k, v = torch.randn(3, 2, 3, LAYOUT.total, 8, generator=generator, dtype=torch.float64).unbind()
+        call = AttentionCall(Site(step, 0, 0), q, k, v, None, LAYOUT, (Branch(0), Branch(1)), native=native)
+        before_attention(call, plan)
+        after_attention(call, plan, F.scaled_dot_product_attention(q, k, v) if call.out is None else call.out)
+        made.append(call)
+    return made
+
+
+def often(window, warm=0):
+    return Reuse(window, period=2, warm=warm)
+
+
+def at(**place):
+    branches = Which(prompt=place.pop("prompt")) if "prompt" in place else None
+    return Where(branches=branches, **place)
+
+
+ALONE = {
+    "two heads": [
+        [often(Window(frames=0, where=at(heads=0)))],
+        [often(Window(radius=1, where=at(heads={1, 2})))],
+    ],
+    "two prompts": [
+        [often(Window(frames=0, where=at(prompt=0)))],
+        [often(Window(radius=1, where=at(prompt=1)))],
+    ],
+    "full in turn": [
+        [often(Window(frames=0, where=at(heads=0)))],
+        [often(Window(radius=1, where=at(heads=2)), warm=1), Bias(2.0, frames(0), where=at(heads=2))],
+    ],
+    "sparse weights": [
+        [often(Window(frames=0, where=at(heads=0, prompt=1)))],
+        [Sparsify(0.3, where=at(heads=1))],
+    ],
+    "all of these": [
+        [often(Window(frames=0, where=at(heads=0, prompt=0)))],
+        [Sparsify(0.3, where=at(heads=0, prompt=1))],
+        [often(Window(radius=1, where=at(heads={1, 2}, prompt=0)), warm=1)],
+        [Bias(2.0, frames(0), where=at(heads={1, 2}, prompt=1))],
+    ],
+}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("groups", ALONE.values(), ids=ALONE)
+def test_each_place_is_as_with_its_own_edits_alone(groups, native):
+    """Whatever the order of the edits."""
+    expected = [call.out for call in calls_of(native=native)]
+    plain = [out.clone() for out in expected]
+    for edits in groups:
+        for whole, call in zip(expected, calls_of(*edits, native=native), strict=True):
+            rows, heads = edits[0].where.rows(call.branches), edits[0].where.head_list(3)
+            for place in ((row, head) for row in rows for head in heads):
+                whole[place] = call.out[place]
+    every = [edit for edits in groups for edit in edits]
+    for order in (every, every[::-1]):
+        for call, whole, own in zip(calls_of(*order, native=native), expected, plain, strict=True):
+            assert (call.out - whole).abs().max() < 1e-6
+            assert call.site.step != 1 or (call.out - own).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_at_the_same_place_the_full_attention_is_that_of_the_other_edits(native):
+    """With unchanged tensors and no drift every step equals that of the sparse weights alone; else none after."""
+    sparse, reuse = Sparsify(0.3), Reuse(NEAR, period=4, warm=0, drift=0.0, where=Where(heads={0, 2}))
+    for order in ([reuse, sparse], [sparse, reuse]):
+        for same in (True, False):
+            wholes = calls_of(sparse, native=native, same=same)
+            for call, whole in zip(calls_of(*order, native=native, same=same), wholes, strict=True):
+                apart = (call.out - whole.out).abs().amax((0, 2, 3))
+                assert apart[1] < 1e-6
+                assert (apart < 1e-6).all() if same or call.site.step == 0 else (apart[[0, 2]] > 1e-2).all()
+    with pytest.raises(PlanError, match="same tensor at the same place"):
+        calls_of(often(NEAR), often(Window(radius=1)))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_readouts_at_windowed_steps_see_the_full_map_with_the_other_edits(native):
+    """Of its own heads, of the others, and of the other prompt."""
+    edits = often(Window(frames=0, where=at(prompt=0, heads={0, 1}))), Bias(2.0, frames(0), where=at(heads={1, 2}))
+    inside = torch.from_numpy(frames(0).mask(LAYOUT))
+    for call in calls_of(*edits, native=native):
+        logits = call.q @ call.k.mT * 8**-0.5
+        logits[:, 1:] += 2 * inside
+        for row in range(2):
+            assert (call.entry(row).weights() - logits[row].softmax(-1)).abs().max() < 1e-5
 
 
 def test_reuse_refuses():

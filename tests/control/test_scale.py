@@ -112,6 +112,14 @@ def test_tokens_of_keys_are_told_from_tokens_of_queries():
     assert torch.equal(cross.q[:, :, :16], cross.own["q"][:, :, :16])
 
 
+def test_factors_of_the_video_leave_keys_of_text_alone():
+    call = drawn()
+    keys = {name: getattr(call, name)[:, :, :TEXT] for name in "kv"}
+    cross = drawn(site=Site(0, 0, 0, kind="cross"), q=call.q[:, :, TEXT:], **keys)
+    served(cross, Scale("k", torch.full((3, 2, 4), 2.0)))
+    assert torch.equal(cross.k, call.k[:, :, :TEXT])
+
+
 def test_half_precision_rounds_the_product_once():
     call = drawn(dtype=torch.bfloat16)
     served(call, Scale("q", torch.full((29,), 1.2345, dtype=torch.float64)))

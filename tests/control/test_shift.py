@@ -28,7 +28,7 @@ FIRST_KIND = {
     "flux": "double",
     "wan": "self",
 }
-UPPER, LEFT = box(0, 0, 1, 99), box(0, 0, 99, 1)
+UPPER, LEFT = box(0, 0, bottom=1), box(0, 0, right=1)
 """The first row and the first column of every frame."""
 
 

@@ -9,7 +9,7 @@ from control.bias import Bias
 from control.reweight import Reweight
 from control.sink import Sinks
 from probe.errors import UsageError
-from probe.region import video
+from probe.region import frames, video
 from probe.site import Where
 from tests.control.whole import attended, double_call, inside, logits, output, served, values
 from tests.probe.readout.calls import CROSS, JOINT, SELF
@@ -69,6 +69,20 @@ def test_sinks_as_rows_are_the_same_tokens():
     assert not area.inside(cross, 0, "rows").any()
     rest = (~Sinks(1.5)).inside(call, 0, "columns")
     assert torch.equal(rest, inside(call, "columns", ("video", None)) & ~Sinks(1.5).inside(call, 0, "columns"))
+
+
+@pytest.mark.parametrize("mode", ["raw", "renormalised", "redistributed"])
+def test_changes_of_weights_do_not_count(mode):
+    """Whatever merges came before."""
+    call = double_call(sharp=4.0)
+    sinks = Sinks(1.5).inside(call, 0, "columns")
+    served(call, Reweight(frames(0), 0.0, mode))
+    found = [Sinks(1.5).inside(call, 0, "columns")]
+    call.writable("out")
+    found.append(Sinks(1.5).inside(call, 0, "columns"))
+    assert torch.equal(found[0], sinks)
+    assert torch.equal(found[1], sinks)
+    assert sinks[inside(call, "columns", ("video", 0))].any()
 
 
 def test_no_sinks_ask_for_nothing():

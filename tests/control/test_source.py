@@ -9,11 +9,13 @@ import torch
 
 import control
 import probe
-from control.source import Constant, Peer
+from control.constant import Constant
+from control.source import Peer
 from probe.errors import PlanError, UsageError
 from probe.region import video
 from probe.site import Where, Which
 from tests import tiny
+from tests.control.whole import double_call, served
 from tests.toys import Case
 from tests.toys.bench import Keep, bench_of
 from tests.toys.stock import followed
@@ -171,3 +173,13 @@ def test_constants_fill_the_rows():
         assert torch.equal(call.q[2], own[2])
     with pytest.raises(UsageError, match=r"of shape \[16\]"):
         one_call(control.Transfer("q", Constant(torch.ones(5)), 1))
+
+
+def test_a_mean_leaves_hidden_padding_out():
+    """Of all rows, and of all columns, that may be seen."""
+    for name in "qkv":
+        call = double_call(order="video-text", visible=29)
+        own = call.own[name][0].clone()
+        served(call, control.Transfer(name, Constant("mean")))
+        assert (getattr(call, name)[0, :, :29] - own[:, :29].mean(1, keepdim=True)).abs().max() < 1e-12
+        assert (own.mean(1) - own[:, :29].mean(1)).abs().max() > 1e-3

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from probe.errors import UsageError
-from recipes import study
+from recipes import study, study_store
 from recipes.effect import Made
 from recipes.study import Study
+from tests.recipes.line import refused
 
 MEASURE = {"name": "number", "want": "higher", "arguments": {"name": "score"}}
 ARMS = {"recipe": {"gain": 1.0}, "empty": {"gain": 0.0}, "wrong": {"gain": 0.2}}
@@ -100,11 +101,55 @@ def test_a_claim_needs_its_controls():
 
 def test_results_are_stored_and_read_back(tmp_path):
     result = planted(1.0, 0.1)
-    study.write(tmp_path, "x", result)
-    assert study.stored(tmp_path)["x"] == json.loads(json.dumps(result))
-    (row,) = study.rows(study.stored(tmp_path))
+    study_store.write(tmp_path, "x", result)
+    assert study_store.stored(tmp_path)["x"] == json.loads(json.dumps(result))
+    (row,) = study.rows(study_store.stored(tmp_path))
     assert (row["study"], row["measure"], row["seeds"]) == ("x", "number score", "20")
     assert row["recipe"].startswith("1.0") or row["recipe"].startswith("0.9")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UsageError, match="must be JSON"):
-        study.stored(tmp_path)
+        study_store.stored(tmp_path)
+
+
+def test_an_interrupted_study_goes_on_and_finds_the_same(tmp_path):
+    whole, asked = planted(1.0, 0.5), []
+    plan = Study(recipe="x", claim="it lifts the score", measures=[MEASURE], arms={"empty": {}, "wrong": {}})
+
+    def make(overrides, seed):
+        asked.append(seed)
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        rng = np.random.default_rng([seed, round(10 * overrides["gain"])])
+        return Made({}, {}, numbers={"score": overrides["gain"] + 0.5 * rng.normal()})
+
+    with pytest.raises(KeyboardInterrupt):
+        study.carry_out(plan, range(20), make, ARMS, study_store.Done.at(tmp_path, "x", "key"))
+    assert study_store.stored(tmp_path) == {}
+    done = study_store.Done.at(tmp_path, "x", "key")
+    assert list(done.values) == ["0", "1"]
+    assert study.carry_out(plan, range(20), make, ARMS, done) == whole
+    assert asked[8:11] == [2, 2, 2]
+    assert study_store.Done.at(tmp_path, "x", "another recipe").values == {}
+    done.forget()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("measures: [{name: object_iuo, want: higher}]", "A measure must be one of"),
+        ("measures: [{name: psnr, want: higher, arguments: {of: target}}]", "must get its own arguments"),
+        ("arms: {empty: {}, wrong: {edits.3.layers: 0}}", "edits"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_clip_is_made(tmp_path, capsys, monkeypatch, change, said):
+    monkeypatch.setattr("recipes.studio.load", lambda *a, **k: 1 / 0)
+    lines = {
+        "arms": "arms: {empty: {edits: []}, wrong: {}}",
+        "measures": "measures: [{name: psnr, want: higher, arguments: {of: target, to: source}}]",
+    }
+    lines[change.split(":")[0]] = change
+    file = tmp_path / "mine.yaml"
+    file.write_text("\n".join(["recipe: masactrl", "claim: it does", *lines.values()]))
+    assert said in refused(capsys, ["study", "run", str(file), "--results", str(tmp_path / "found")], 2)
+    assert not (tmp_path / "found").exists()

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from recipes import study
+from recipes import study, study_store
 from recipes.language import parse
 from recipes.study_table import markdown
 
 README = Path(__file__).parents[2] / "README.md"
-FOUND = study.stored(study.RESULTS)
+FOUND = study_store.stored(study_store.RESULTS)
 
 
 def test_the_table_of_the_readme_is_made_of_the_stored_results():
     """Write it with `mmdit study table`."""
     block = README.read_text(encoding="utf-8").split("<!-- recipes -->\n")[1].split("\n<!-- /recipes -->")[0]
-    assert block == markdown(study.RESULTS)
+    assert block == markdown(study_store.RESULTS)
 
 
 @pytest.mark.parametrize("name", parse.names())

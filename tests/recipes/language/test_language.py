@@ -127,6 +127,7 @@ def test_a_list_of_prompts_or_prompts_by_name_replace_each_other(load):
     [
         ("", ()),
         ("sampler: {seed: 4, steps: 20}", ()),
+        ("sampler: {noise: each}", ()),
         ("sampler: {scheduler: ddim}", ("loop",)),
         ("latents: [{op: nudge}]", ("loop",)),
         ("guides: [{weight: 1, perturb: [{op: rotate, drop: true}]}]", ("loop", "RoPE")),

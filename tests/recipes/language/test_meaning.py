@@ -51,6 +51,28 @@ EDIT = "edits:\n- op: bias\n  amount: 1\n"
         ("edits: [{op: transfer, source: source, steps: auto}]", "auto steps or layers with previous_segment only"),
         ("edits: [{op: transfer, source: previous_segment}]", "must not be previous_segment without segments"),
         ("edits: [{op: transfer, source: source, prompts: [source]}]", "edits.0.prompts must not be the source itself"),
+        ("edits: [{op: transfer, source: {itself: true}}]", "edits.0.source must be with a mapping. Got 'itself'"),
+        ("edits: [{op: transfer, source: {stored: {}}}]", "edits.0.source must name a step, a layer or another prompt"),
+        (
+            "edits: [{op: transfer, source: {stored: {prompt: source}}, prompts: [source]}]",
+            "edits.0.source must name a step, a layer or another prompt, or be with a mapping. Got 'stored'",
+        ),
+        ("edits: [{op: extend, source: source, prompts: [source]}]", "edits.0.prompts must not be the source itself"),
+        (
+            "edits: [{op: fork, prompts: [source], variant: {edited: [{op: transfer, source: source}]}}]",
+            "edits.0.variant.edited.0.source must not be the only prompt that is changed. Got 'source'",
+        ),
+        ("edits: [{op: shift, direction: {from: source, to: source}}]", "edits.0.direction.to must be another prompt"),
+        (
+            "masks: {m: {box: [0, 0, 1, 1]}}\nlatents: [{op: blend, source: source, prompts: [source], masks: [m]}]",
+            "latents.0.prompts must not be the source itself. Got 'source'",
+        ),
+        ("edits: [{op: scale, tensor: v, factor: true}]", "edits.0.factor must be a number, not true or false. Got Tr"),
+        ("sampler: {steps: true}", "sampler.steps must be a number, not true or false. Got True"),
+        (f"{EDIT}  layers: [true, 3]", "edits.0.layers must be a number, not true or false. Got .True, 3."),
+        (f"{EDIT}  strength: {{from: false, to: 1}}", "edits.0.strength.from must be a number, not true or false"),
+        ("edits: [{op: window, frames: 1, order: token}]", "edits.0 must have a band whose order is chosen"),
+        ("edits: [{op: transfer, source: {itself: false}}]", "edits.0.source.itself must be True. Got False"),
         ("edits: [{op: fork, variant: {edited: [{op: bias, amont: 1}]}}]", "edits.0.variant.edited.0.amont"),
         ("edits: [{op: shift, direction: {from: source, to: dog}}]", "edits.0.direction.to must name a prompt"),
         ("edits: [{op: rotate, drop: true, band: [0.2, 0.6]}]", "edits.0 must have a band that starts at 0"),
@@ -113,6 +135,40 @@ def test_a_word_must_be_in_each_prompt_it_is_looked_up_in(load, text, prompt):
 )
 def test_a_word_of_the_addressed_prompt_alone_will_do(load, text):
     load(text)
+
+
+ONE = "schema_version: 1\nname: mine\nprompts: {source: a red cat}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("edits: [{op: transfer, source: source}]", "edits.0.source"),
+        ("edits: [{op: extend, source: source}]", "edits.0.source"),
+        ("masks: {m: {box: [0, 0, 1, 1]}}\nlatents: [{op: blend, source: source, masks: [m]}]", "latents.0.source"),
+    ],
+)
+def test_one_prompt_alone_takes_from_no_other(load, text, place):
+    with pytest.raises(RecipeError, match=f"{place} must not be the only prompt that is changed. Got 'source'"):
+        load(text, top=ONE)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "{op: transfer, source: source, mapping: {move: [0, 0, 1]}}",
+        "{op: transfer, source: {itself: true}, mapping: {move: [0, 0, 1]}}",
+        "{op: transfer, source: {stored: {layer: 1}}, layers: 2}",
+        "{op: extend, source: {itself: true}, pool: [1, 2, 2]}",
+        "{op: fork, variant: identity}",
+    ],
+)
+def test_a_prompt_may_take_from_itself_where_that_changes_something(load, edit):
+    load(f"edits: [{edit}]", top=ONE)
+
+
+def test_a_perturbed_pass_may_take_from_its_own_plain_one(load):
+    load("guides: [{weight: 1, perturb: [{op: seg}, {op: transfer, tensors: v, source: source}]}]", top=ONE)
 
 
 def test_words_in_the_unconditional_half_are_refused(load):
