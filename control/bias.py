@@ -122,7 +122,8 @@ class BiasFunction(Weighting):
     `of(rows, columns)` is given whole numbers (frame, y, x) on the token grid, [n, 1, 3] and [1, m, 3], and gives
     biases that spread to [n, m]; -inf hides. A decay over frames is `lambda i, j: -0.5 * (i - j)[..., 0].abs()`. `axes`
     are the coordinates it reads, 0 frame, 1 y, 2 x; the others come as 0. Where these have few values (up to 64) the
-    biases are a table of them, else a mask, some rows at a time. The strength multiplies finite biases.
+    biases are a table of them, else a mask, some rows at a time. The strength multiplies finite biases. On CUDA a mask
+    is rounded to the dtype of the model (bfloat16: to 0.4 % of each bias).
 
     Raises:
         UsageError: axes that are none of 0, 1, 2, or (when served) a bias that is not a number or above 80.

@@ -60,6 +60,10 @@ class Fork(Edit):
         """Tell the variant that it ends."""
         self.variant.end()
 
+    def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
+        """Whether an edit of the variant was there too, wherever the variant was asked for."""
+        return self.variant.met
+
     def cost(self, layout: TokenLayout) -> float:
         """That of the variant, and the normaliser for merges by lse."""
         return self.variant.cost(layout) + (self.merge == "lse")

@@ -27,6 +27,8 @@ class Variant(ABC):
     """A way to attend. `kinds` are the kinds of attention it makes sense in, None for any."""
 
     kinds: frozenset[str] | None = None
+    met = True
+    """Whether it could change a call of this run."""
 
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:  # noqa: B027 (optional)
         """Called once when a run starts."""
@@ -69,7 +71,8 @@ class Edited(Variant):
 
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
         """Tell the edits that a run starts."""
-        self.steps, self.layers = steps, layers
+        self.steps, self.layers, self.met = steps, layers, True
+        self._applied = False
         for edit in self.edits:
             edit.begin(prompts, steps, layers)
 
@@ -88,6 +91,8 @@ class Edited(Variant):
             here = edit.where.at(call.site, self.steps, self.layers) and entry in edit.where.rows(call.branches)
             if here and (edit.kinds is None or call.site.kind in edit.kinds):
                 edit.serve(copy, (entry,))
+                self._applied = True
+        self.met = self._applied
         if copy.later:
             raise UsageError(f"A variant must stay inside the attention. Got {self}, which changes what follows it.")
         same = copy.changes == call.changes and all(getattr(copy, x) is getattr(call, x) for x in ("q", "k", "v"))

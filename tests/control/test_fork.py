@@ -316,3 +316,23 @@ def test_an_edit_of_the_output_is_no_variant():
     for late in (Reuse(Window(frames=1)), Scale("o", 2.0)):
         with pytest.raises(UsageError, match="must be made of edits of q, k, v or the weights"):
             Edited(late)
+
+
+def test_a_variant_whose_edits_are_elsewhere_is_no_silent_nothing():
+    for inner, said in ((Where(steps=1), "met none"), (Where(steps=0), None)):
+        fork = Fork(Edited(Temper(2.0, where=inner)), where=Where(steps=0))
+        plan = Plan([fork], STEPS, 4, drawn().prompts)
+        call = drawn()
+        after_attention(call, plan, whole(call).out[None].expand(2, -1, -1, -1).clone())
+        if said is None:
+            plan.refuse_unmet()
+            continue
+        with pytest.raises(PlanError, match=said):
+            plan.refuse_unmet()
+
+
+def test_a_fork_of_no_strength_is_met():
+    plan = Plan([Fork(Edited(Temper(2.0)), strength=0.0)], STEPS, 4, drawn().prompts)
+    call = drawn()
+    after_attention(call, plan, whole(call).out[None].expand(2, -1, -1, -1).clone())
+    plan.refuse_unmet()
