@@ -18,8 +18,8 @@ from probe.layout import TokenLayout
 
 @dataclass(eq=False)
 class Sparsify(Edit):
-    """Each row keeps its ceil(`keep` M) largest weights of M visible keys, at least one; the others become 0. Weights equal to the
-    last one kept stay too.
+    """Each row keeps its ceil(`keep` M) largest weights of M visible keys, at least one; the others become 0. Weights
+    equal to the last one kept stay too.
 
     With `renormalise` the rows are divided by what is left, as if the other keys were hidden; without, they lose their
     unit sum. The strength, 0 to 1, hides softly: the others are multiplied by 1 - strength. The weights are those after

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from probe.clock import step_of
-from probe.errors import UsageError
+from probe.errors import MmditError, UsageError
 from probe.film import Frames
 from probe.gather import gather, refuse_unrecordable, tokens_of
 from probe.models.family import asked
@@ -179,6 +179,19 @@ def generate(
     return Run(writer.folder)
 
 
+def refuse_overflow(latents: torch.Tensor, step: int, steps: int) -> None:
+    """Nothing, if the latents after a step are finite.
+
+    Raises:
+        MmditError: they are not.
+    """
+    if not torch.isfinite(latents).all():
+        raise MmditError(
+            f"Latents must be finite numbers after every step. Got NaN or infinity after step {step} of {steps}, which "
+            "is not kept. Weaken the edits or the guidance."
+        )
+
+
 class _Steps:
     """Writes each step of a stock pipeline when its callback tells that it ended."""
 
@@ -196,6 +209,7 @@ class _Steps:
         self.began.setdefault(step, float(timestep))
         if evaluation + 1 < len(scheduler.timesteps) and step_of(scheduler, evaluation + 1) == step:
             return tensors  # a second-order sampler goes on with this step
+        refuse_overflow(tensors["latents"], step, int(self.bar.total))
         drawn = np.stack([generator.get_state().numpy() for generator in self.generators])
         kept = {
             "latents": tensors["latents"].float().cpu().numpy(),

@@ -27,7 +27,7 @@ from control.transfer import Transfer
 from control.variant import Edited
 from control.window import Band, Window
 from ditctrl.sharing import share_previous
-from probe.errors import UsageError
+from probe.errors import MmditError, RecipeError, UsageError
 from probe.plan import Handler
 from recipes.build_source import mapping_of, source_of
 from recipes.context import Context
@@ -43,19 +43,39 @@ def build(edit: spec.Operation, context: Context) -> list[Handler]:
     """The handlers of one operator of a recipe; what else they need is added to `context.extra`.
 
     Raises:
-        UsageError: it does not fit the model or the run; RecipeError: its package cannot be loaded.
+        UsageError: it does not fit the model or the run.
+        RecipeError: its package cannot be loaded, or builds no handlers.
     """
-    make = BUILDERS[edit.op] if edit.op in BUILDERS else registry.operator(edit.op).build
+    make = BUILDERS.get(edit.op, _of_package)
     if edit.places is not None:
         context.where(edit)  # refused by the name it has in the recipe
+    context.refuse_early(edit)
     return [handler for part in edit.by_layer() for handler in make(part, context)]
+
+
+def _of_package(edit: spec.Operation, context: Context) -> list[Handler]:
+    made: Any = None
+    try:
+        made = registry.operator(edit.op).build(edit, context)
+        made = list(made) if isinstance(made, Sequence) and not isinstance(made, str) else made
+        got = repr(made)
+    except MmditError:
+        raise
+    except Exception as error:  # a package raises what it likes
+        got = f"{type(error).__name__}: {error}"
+    if isinstance(made, list) and made and all(isinstance(one, Handler) for one in made):
+        return made
+    raise RecipeError(
+        f"The operator {edit.op} of {registry.origin(edit.op)} must build handlers. Got {got[:200]}. Mend that "
+        "package, or uninstall it."
+    )
 
 
 def _transfer(edit: spec.Transfer, context: Context) -> Sequence[Handler]:
     if edit.source == PREVIOUS:
         return _previous(edit, context)
     if edit.positions == "target":
-        _refuse_unrotated(context)
+        context.refuse_unrotated()
     source = source_of(edit.source, edit.tensors, edit, context)
     mapping = mapping_of(edit.mapping, context.layout.grid)
     gate = context.area(edit.gate)
@@ -142,14 +162,6 @@ def _seg(edit: spec.Seg, context: Context) -> Sequence[Handler]:
     return [BlurQuery(sigma, edit.over, **context.address(edit))]
 
 
-def _refuse_unrotated(context: Context) -> None:
-    if not context.rope:
-        raise UsageError(
-            "A change of positions must have a model that rotates queries and keys (RoPE). Got one that does not, "
-            f"{context.recipe.model}. Leave it out, or name another model."
-        )
-
-
 def _window(edit: spec.Window, context: Context) -> Sequence[Handler]:
     address, made = context.address(edit), list[Handler]()
     if edit.frames is not None or edit.radius is not None:
@@ -168,7 +180,7 @@ def _reweight(edit: spec.Reweight, context: Context) -> Sequence[Handler]:
 
 
 def _rotate(edit: spec.Rotate, context: Context) -> Sequence[Handler]:
-    _refuse_unrotated(context)
+    context.refuse_unrotated()
     axes, band = tuple(AXES.index(axis) for axis in edit.axes), _band(edit.band)
     return [Rotate(edit.tensors, edit.shift, drop=edit.drop, axes=axes, band=band, **context.address(edit))]
 

@@ -18,7 +18,7 @@ from control.strength import Ramp, Strength
 from probe import region
 from probe.call import AttentionCall
 from probe.errors import UsageError
-from probe.layout import Grid
+from probe.layout import Grid, TokenLayout
 from probe.region import Region
 from probe.site import Branch, Where
 from recipes.language import area as spec
@@ -99,6 +99,15 @@ def on_video(area: spec.Area) -> bool:
     return isinstance(area, spec.Frames | spec.Box)
 
 
+def needed(area: object) -> set[str]:
+    """The names without which nothing is inside of an area."""
+    if isinstance(area, str):
+        return {area}
+    if isinstance(area, spec.Not):
+        return needed(area.area)
+    return set().union(*map(needed, area.all)) if isinstance(area, spec.All) else set()
+
+
 def cells(area: spec.Frames | spec.Box, grid: Grid) -> Region:
     """Frames or a box of a grid.
 
@@ -120,11 +129,21 @@ def cells(area: spec.Frames | spec.Box, grid: Grid) -> Region:
     return region.box(*area.box)
 
 
+def refuse_empty(area: Area, layout: TokenLayout) -> None:
+    """Nothing, for a part of the video that has tokens or is found while the model runs.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if isinstance(area, Region) and not area.mask(layout).any():
+        raise UsageError(f"An area must have a token of the video. Got {area}, which has none. Widen its parts.")
+
+
 def from_file(mask: spec.FileMask, grid: Grid) -> Region:
     """A mask that came with the recipe; a single frame is that of every frame.
 
     Raises:
-        UsageError: it is not of the size of the grid.
+        UsageError: it is not of the size of the grid, or has nothing inside.
     """
     inside = array_of(mask)
     if inside.shape[0] == 1:
@@ -134,6 +153,8 @@ def from_file(mask: spec.FileMask, grid: Grid) -> Region:
             f"A mask must have the size of the token grid, {grid}, or be one frame of it. Got "
             f"{'x'.join(map(str, inside.shape))}. Resize it."
         )
+    if not inside.any():
+        raise UsageError(f"A mask must have a token inside. Got 0 of {inside.size}. Draw it again, or leave it out.")
     return region.tokens(inside)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from control.bank import Bank
-from control.match import Match
 from control.constant import Constant
+from control.match import Match
 from control.source import Itself, Peer, Source, Stored
 from probe.errors import UsageError
 from probe.layout import Grid
@@ -62,7 +62,7 @@ def _stored(given: spec.Stored, tensors: str, edit: Operation, context: Context)
     for name, value, count in (("step", at.step, context.steps), ("layer", at.layer, context.layers)):
         if value is not None and value >= count:
             raise UsageError(f"stored.{name} must lie in 0 to {count - 1}. Got {value}. Lower it.")
-    _refuse_later(at, edit, where, context)
+    _refuse_later(at, edit, context)
     prompts = None if at.prompt is None else (context.prompt(at.prompt),)
     bank = Bank(
         tensors,
@@ -77,15 +77,15 @@ def _stored(given: spec.Stored, tensors: str, edit: Operation, context: Context)
     return Stored(bank, at.step, at.layer, None if prompts is None else prompts[0])
 
 
-def _refuse_later(at: spec.StoredAt, edit: Operation, where: Where, context: Context) -> None:
+def _refuse_later(at: spec.StoredAt, edit: Operation, context: Context) -> None:
     """What an edit takes must be there at its first call; in a perturbed pass the steps are also those of its guide."""
-    steps, layer = context.acting(edit), 0 if where.layers is None else min(where.layers)
+    steps, layers = context.acting(edit), context.span(edit.layers, context.layers, "layers")
     if context.role is not None or not steps:
         return
     step = steps[0] if at.step is None else at.step
     late = {"step": (step, steps[0])}
     if step == steps[0] and at.layer is not None:
-        late["layer"] = (at.layer, layer)
+        late["layer"] = (at.layer, layers[0] if layers else 0)
     for name, (stored, first) in late.items():
         if stored > first:
             raise UsageError(

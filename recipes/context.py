@@ -19,8 +19,20 @@ from probe.layout import TokenLayout
 from probe.plan import Handler
 from probe.region import Region
 from probe.site import Where
-from recipes.build_area import PLAIN, Branches, cells, extracted, from_file, joined, on_video, strength_of
+from recipes.build_area import (
+    PLAIN,
+    Branches,
+    cells,
+    extracted,
+    from_file,
+    joined,
+    needed,
+    on_video,
+    refuse_empty,
+    strength_of,
+)
 from recipes.language import area as spec
+from recipes.language.guide import Renew
 from recipes.language.operator import Operation
 from recipes.language.recipe import Recipe
 from recipes.language.span import Only, Span, chosen
@@ -87,9 +99,42 @@ class Context:
 
     def acting(self, edit: Operation) -> tuple[int, ...]:
         """The steps at which an edit changes anything: its own, without those of strength 0."""
-        steps, strength = self.span(edit.steps, self.steps, "steps"), strength_of(edit.strength)
-        every = range(self.steps) if steps is None else steps
+        steps = None if edit.steps == "auto" else self.span(edit.steps, self.steps, "steps")
+        every, strength = range(self.steps) if steps is None else steps, strength_of(edit.strength)
         return tuple(step for step in every if strength_at(strength, step, self.steps))
+
+    def refuse_early(self, edit: Operation) -> None:
+        """Nothing, for an edit with a step at which the masks it acts inside of are known: each is, after the first
+        step at which it is looked for.
+
+        Raises:
+            UsageError: it has none, and would change nothing.
+        """
+        again = any(isinstance(one, Renew) for one in self.recipe.latents)  # with the masks of the run before
+        for name in needed(edit.rows) | needed(getattr(edit, "gate", None)):
+            mask = self.recipe.masks.get(name)
+            if isinstance(mask, spec.WordMask) and self.role is None and not again:
+                self._refuse_before(name, mask, self.acting(edit))
+
+    def _refuse_before(self, name: str, mask: spec.WordMask, acting: tuple[int, ...]) -> None:
+        first = (self.span(mask.steps, self.steps, "steps") or (0,))[0]
+        if acting and acting[-1] <= first:
+            raise UsageError(
+                f"An edit inside of a mask must have a step after {first}, the first at which mask {name} is looked "
+                f"for. Got steps {acting[0]} to {acting[-1]}. Let the edit go on longer, or the mask begin earlier."
+            )
+
+    def refuse_unrotated(self) -> None:
+        """Nothing, for a model with positions that can be changed.
+
+        Raises:
+            UsageError: it does not rotate queries and keys.
+        """
+        if not self.rope:
+            raise UsageError(
+                "A change of positions must have a model that rotates queries and keys (RoPE). Got one that does not, "
+                f"{self.recipe.model}. Leave it out, or name another model."
+            )
 
     def address(self, edit: Operation) -> dict[str, Any]:
         """`strength` and `where` of an edit, and `rows` if it names some."""
@@ -100,10 +145,16 @@ class Context:
         """An area; None stays.
 
         Raises:
-            UsageError: frames or patches that the grid does not have, or a mask of another size.
+            UsageError: frames or patches that the grid does not have, a mask of another size, or no token at all.
         """
         if area is None:
             return None
+        made = self._made(area)
+        if on_video(area):
+            refuse_empty(made, self.layout)
+        return made
+
+    def _made(self, area: spec.Area) -> Area:
         if isinstance(area, str):
             return PLAIN[area]() if area in PLAIN else self.mask(area)
         if isinstance(area, spec.Words):

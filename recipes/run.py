@@ -10,14 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from control.denoise import State
 from probe.errors import MmditError, StoreError, UsageError
 from probe.models.load import load
 from probe.provenance import where_from
-from probe.recorder import Recorder
+from probe.recorder import Recorder, refuse_overflow
 from probe.show import finish_video
 from probe.store import Run, RunWriter, refuse_taken
 from recipes import kept, resume, stock
@@ -68,8 +67,8 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
     run's.
 
     Raises:
-        StoreError: the run is done, its recipe was refused, it keeps more than its latents from step to step, or was made by other software, on
-            another device or with another model.
+        StoreError: the run is done, its recipe was refused, it keeps more than its latents from step to step, or it
+            was made by other software, on another device or with another model.
     """
     run = Run(folder)
     job = prepare(resume.recipe_of(run))
@@ -123,20 +122,12 @@ def _on_step(loaded: Loaded, recorder: Recorder, bar: Any) -> Callable[[State], 
 
     def write(state: State) -> None:
         step = state.step - 1
-        _refuse_overflow(state, loop.steps)
+        refuse_overflow(state.latents, state.step - 1, loop.steps)
         attrs = {"timestep": loop.timesteps[step], "sigma": loop.sigma(step), **source}
         recorder.write(step, attrs, resume.kept_of(state, loop.timesteps[step]))
         bar.update()
 
     return write
-
-
-def _refuse_overflow(state: State, steps: int) -> None:
-    if not torch.isfinite(state.latents).all():
-        raise MmditError(
-            f"Latents must be finite numbers after every step. Got NaN or infinity after step {state.step - 1} of "
-            f"{steps}, which is not kept. Weaken the edits, guides or guidance of the recipe."
-        )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from probe.errors import ModelError, UsageError
 from probe.models.family import Family
 from probe.models.registry import family_named, family_of, known
 
-DEVICES = ("cpu", "cuda", "mps")
 MINIATURE = Path(__file__).resolve().parents[2] / "data" / "miniature"
 
 
@@ -45,12 +44,12 @@ def place_of(device: str | None = None, dtype: Any = None) -> tuple[str, Any]:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = device or ("cuda" if there else "cpu")
     name, _, number = device.partition(":")
-    if name not in DEVICES or (":" in device and not (number.isascii() and number.isdecimal())):
-        raise UsageError(f"A device must be {', '.join(DEVICES)} or one of several, cuda:1. Got {device!r}. Name one.")
+    if name not in ("cpu", "cuda") or (":" in device and not (number.isascii() and number.isdecimal())):
+        raise UsageError(f"A device must be cpu, cuda or one GPU of several, cuda:1. Got {device!r}. Name one.")
     if name == "cuda" and int(number or 0) >= there:
         seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
         raise UsageError(f"A device must be there. Got {device}, and torch sees {seen}. Take --device cpu.")
-    usual = torch.float32 if device == "cpu" else torch.bfloat16
+    usual = torch.float32 if name == "cpu" else torch.bfloat16
     return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or usual
 
 

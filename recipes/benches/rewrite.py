@@ -17,12 +17,11 @@ from torch import Tensor
 
 from control.bias import Bias, BiasTable
 from control.closed_form import Identity, Uniform, Within
+from control.constant import Constant
 from control.extend import Extend
 from control.fork import Fork
 from control.reweight import Reweight
 from control.scale import Temper
-from control.constant import Constant
-
 from control.transfer import Transfer
 from control.variant import Edited
 from control.window import Window

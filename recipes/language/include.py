@@ -43,17 +43,22 @@ def listed() -> Iterator[Listed]:
 
 
 def find(recipe: str) -> Path:
-    """The file of a name or of a path; a built-in name comes first, then a path (of a file, or of a run's folder), then
-    a recipe of a package.
+    """The file of a name or of a path; a built-in name comes first, then a path (of a file, or of a run's folder or its
+    run.json), then a recipe of a package.
 
     Raises:
         RecipeError: none of them, or in several packages; names the nearest.
     """
     if recipe in names():
         return LIBRARY / f"{recipe}.yaml"
-    path = file_of(recipe)
-    if path is not None:
+    path = file_at(recipe)
+    own = file_at((Path(recipe) if path is None else path.parent) / RECIPE)
+    if path is not None and path.name == INFO and own is None:
+        raise RecipeError(f"A run must hold {RECIPE} to be run again. Got {recipe} without one. Name a YAML file.")
+    if path is not None and path.name != INFO:
         return path
+    if own is not None:
+        return own
     there = list(listed())
     found = [one for one in there if one.name == recipe]
     if len(found) > 1:
@@ -67,24 +72,13 @@ def find(recipe: str) -> Path:
     raise RecipeError(f"A recipe must be a YAML file or a built-in name. Got {short(recipe)}. {hint}")
 
 
-def file_of(path: str) -> Path | None:
-    """The file at a path, the recipe for the folder or the run.json of a run; None if nothing is there.
-
-    Raises:
-        RecipeError: the run.json of a run without a recipe.
-    """
+def file_at(path: str | Path) -> Path | None:
+    """The file at a path; None if there is none, or never could be."""
     try:
         given = Path(path).expanduser()
-        recipe = (given.parent if given.name == INFO else given) / RECIPE
-        if recipe.is_file():
-            return recipe
-        if not given.is_file():
-            return None
+        return given if given.is_file() else None
     except (OSError, ValueError, RuntimeError):  # a name too long for a file, an unknown home
         return None
-    if given.name == INFO:
-        raise RecipeError(f"A run must hold {RECIPE} to be run again. Got {path} without one. Name a YAML file.")
-    return given
 
 
 def short(text: str) -> str:
@@ -142,7 +136,9 @@ def inside(path: str, at: Tree) -> Path:
     try:
         return _inside(Path(path), at)
     except (OSError, ValueError, RuntimeError) as error:
-        raise at.error(f"a path must be readable. Got {short(repr(path))}: {_reason(error)}. Rename the file.") from error
+        raise at.error(
+            f"a path must be readable. Got {short(repr(path))}: {_reason(error)}. Rename the file."
+        ) from error
 
 
 def _reason(error: Exception) -> str:

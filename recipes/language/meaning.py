@@ -12,10 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from probe.word import places_of, words_of
 from recipes.language.area import AREA, PLAIN, WordMask, Words
-from recipes.language.guide import Guide
-from recipes.language.operator import Extend, Operation, Rotate, Transfer
+from recipes.language.guide import Blend, Guide
+from recipes.language.operator import Extend, Operation, Rotate, Shift, Transfer
 from recipes.language.part import PROMPT, Marker, marked
-from recipes.language.source import PREVIOUS
+from recipes.language.source import PREVIOUS, Itself, Stored
 
 if TYPE_CHECKING:
     from recipes.language.recipe import Recipe
@@ -40,7 +40,7 @@ def needs(recipe: Recipe) -> tuple[str, ...]:
     and "two prompts".
     """
     sampler = recipe.sampler
-    plain = type(sampler)(steps=sampler.steps, guidance=sampler.guidance, seed=sampler.seed)
+    plain = type(sampler)(steps=sampler.steps, guidance=sampler.guidance, seed=sampler.seed, noise=sampler.noise)
     moved = (part for _, part in parts(recipe, Rotate | Transfer))
     told = {
         "loop": bool(recipe.segments or recipe.windows or recipe.guides or recipe.latents or sampler != plain),
@@ -68,8 +68,7 @@ class _Check:
                 _fail(("masks", name), "must have a name of its own", name, f"These areas are there: {_list(PLAIN)}.")
         self._names()
         self._words()
-        for path, edit, _ in self._edits():
-            self._source(path, edit)
+        self._sources()
         for path, words in parts(recipe.latents, Words, ("latents",)):
             _fail(path, "must be an area of the video", _list(words.phrases), "Name a mask of the words.")
         self._recorded()
@@ -121,12 +120,37 @@ class _Check:
                     more = " Or say which prompts are meant." if len(prompts) > 1 else ""
                     _fail(path, f"must have words of prompt {name}", phrase, hint + more)
 
-    def _source(self, path: Path, edit: Operation) -> None:
-        """A transfer from a prompt to itself would change nothing."""
-        if isinstance(edit, Transfer) and edit.mapping is None and edit.prompts == [edit.source]:
-            _fail(
-                (*path, "prompts"), "must not be the source itself", edit.source, "Name the prompts that take from it."
-            )
+    def _sources(self) -> None:
+        """A prompt that takes from itself would change nothing; only a perturbed pass differs from its plain one."""
+        for path, edit, prompts in self._edits():
+            moved = isinstance(edit, Transfer) and edit.mapping is not None
+            if isinstance(edit, Transfer) and not moved:
+                self._refuse_own(path, edit, prompts)
+            if isinstance(edit, Transfer | Extend) and not moved and path[0] != "guides":
+                self._refuse_itself(path, edit, prompts)
+            if isinstance(edit, Shift) and edit.direction.source == edit.direction.target:
+                place = (*path, "direction", "to")
+                _fail(place, "must be another prompt than from", edit.direction.target, "Name another prompt.")
+        for number, edit in enumerate(self.recipe.latents):
+            if isinstance(edit, Blend):
+                self._refuse_itself(("latents", number), edit, edit.prompts or self.recipe.prompt_names)
+
+    def _refuse_itself(self, path: Path, edit: Transfer | Extend | Blend, prompts: Collection[str]) -> None:
+        if edit.prompts == [edit.source]:
+            hint = "Name the prompts that take from it."
+            _fail((*path, "prompts"), "must not be the source itself", edit.source, hint)
+        if all(name == edit.source for name in prompts) and self.recipe.segments is None:
+            must, hint = "must not be the only prompt that is changed", "Add a prompt that takes from it."
+            _fail((*path, "source"), must, edit.source, hint)
+
+    def _refuse_own(self, path: Path, edit: Transfer, prompts: Collection[str]) -> None:
+        place = (*path, "source")
+        if isinstance(edit.source, Itself):
+            _fail(place, "must be with a mapping", "itself", "Add a mapping, or leave the transfer out.")
+        at = edit.source.stored if isinstance(edit.source, Stored) else None
+        if at and (at.step, at.layer) == (None, None) and all(name == (at.prompt or name) for name in prompts):
+            must = "must name a step, a layer or another prompt, or be with a mapping"
+            _fail(place, must, "stored", "Name the step that is kept.")
 
     def _recorded(self) -> None:
         record = self.recipe.record

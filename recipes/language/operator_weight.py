@@ -87,7 +87,7 @@ class Window(Operation):
     def _some(self) -> Self:
         if self.frames is None and self.radius is None and self.band is None:
             raise ValueError("must have frames, radius or band")
-        if self.band is None and self.order in ("best", "worst"):
+        if self.band is None and self.order != "frame":
             raise ValueError("must have a band whose order is chosen")
         return self
 

@@ -26,15 +26,28 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
     """Read and validate a recipe.
 
     `overrides` are "key=value" texts with dotted keys (`sampler.steps=50`; `steps=50` for short), `values` whole
-    top-level values. Includes come first, then overrides and values, then variables; mask files are read last.
+    top-level values; a list of prompts takes the names that the recipe gives them. Includes come first, then overrides
+    and values, then variables; mask files are read last.
 
     Raises:
         RecipeError: not YAML, an unknown key, a wrong type or value, a path out of its folder.
     """
     path = find(recipe)
     tree = applied(tree_of(path), overrides)
-    given = {key: Tree.of(value, tree.origin) for key, value in (values or {}).items()}
+    given = {key: _beside(tree.get(key), Tree.of(value, tree.origin)) for key, value in (values or {}).items()}
     return _recipe(kept(filled(Tree({**tree.value, **given}, tree.origin, tree.line))))
+
+
+def _beside(old: Tree | None, new: Tree) -> Tree:
+    """A list in place of what has names takes these, in order."""
+    if old is None or not isinstance(old.value, dict) or not isinstance(new.value, list):
+        return new
+    if len(new.value) != len(old.keys):
+        names = ", ".join(old.keys)
+        raise old.error(
+            f"prompts must be as many as the recipe names, {names}. Got {len(new.value)}. Repeat -p for each."
+        )
+    return Tree(dict(zip(old.keys, new.value, strict=True)), new.origin)
 
 
 def validate(data: Mapping[str, Any], origin: str) -> Recipe:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from probe.errors import RecipeError
 from recipes.language import registry
+from recipes.language.include import short
 from recipes.language.parse_tree import Tree
 from recipes.language.recipe import Recipe
 
@@ -25,7 +26,7 @@ def error_of(error: ValidationError, tree: Tree) -> RecipeError:
     if kind == "meaning":
         return tree.at(*context["path"]).error(first["msg"])
     path = _path(first["loc"], tree, missing=kind == "missing")
-    at, place = tree.at(*path), ".".join(map(str, path)) or "the recipe"
+    at, place = tree.at(*path), short(".".join(map(str, path))) or "the recipe"
     if kind == "extra_forbidden":
         known = _keys(first["loc"][:-1], tree)
         return at.error(f"every key must be known. Got {place}. {_nearest(path[-1], known, 'Known keys here')}")
@@ -55,7 +56,9 @@ def _path(location: Sequence[str | int], tree: Tree, missing: bool) -> Path:
 
 
 def _rule(message: str) -> str:
-    said = message.removeprefix("Value error, ").replace("Input should", "must")
+    said = message.removeprefix("Value error, ")
+    for known, ours in (("Input should", "must"), ("String should have", "must have")):
+        said = said.replace(known, ours)
     return said if said.startswith("must") else f"must be right: {said}"
 
 

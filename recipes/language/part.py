@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 
@@ -22,6 +24,41 @@ class Part(BaseModel):
         serialize_by_alias=True,
         ser_json_inf_nan="constants",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, data: Any) -> Any:
+        """Python takes true for 1."""
+        for name, field in cls.model_fields.items() if isinstance(data, Mapping) else ():
+            key = field.alias if field.alias and field.alias in data else name
+            if _has_bool(data.get(key)) and _takes_numbers_alone(cls, name):
+                kind = PydanticCustomError("number", "must be a number, not true or false")
+                raise ValidationError.from_exception_data(
+                    cls.__name__, [{"type": kind, "loc": (key,), "input": data[key]}]
+                )
+        return data
+
+
+def _has_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_bool, value)))
+
+
+@cache
+def _takes_numbers_alone(part: type[BaseModel], name: str) -> bool:
+    """Whether plain values of a field are numbers, and never true or false."""
+    kinds = set(_plain(part.model_fields[name].annotation))
+    return bool(kinds & {int, float}) and not kinds & {bool, Any}
+
+
+def _plain(annotation: Any) -> Iterator[Any]:
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+        return
+    inner = get_args(annotation)[: 1 if hasattr(annotation, "__metadata__") else None]
+    for one in inner:
+        yield from _plain(one)
+    if not inner:
+        yield annotation
 
 
 def _not_empty(text: str) -> str:
@@ -45,7 +82,7 @@ class Marker:
 
 PROMPT = Marker("prompt")
 Text = Annotated[str, AfterValidator(_not_empty)]
-Name = Annotated[str, Field(pattern=r"^\w[\w-]*$")]
+Name = Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=64)]
 PromptName = Annotated[str, PROMPT]
 HalfOpen = Annotated[tuple[int, int], AfterValidator(_half_open)]
 Number = Annotated[float, Field(allow_inf_nan=False)]

@@ -9,7 +9,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from probe.errors import UsageError
-from recipes.language.include import file_of, short, text_of
+from recipes.language.include import file_at, short, text_of
 from recipes.language.parse_error import error_of
 from recipes.language.parse_tree import Origin, read
 from recipes.language.part import Part
@@ -30,7 +30,7 @@ def load(kind: type[P], name: str, folder: Path) -> P:
         RecipeError: its file is not one.
     """
     known = names(folder)
-    path = folder / f"{name}.yaml" if name in known else file_of(name)
+    path = folder / f"{name}.yaml" if name in known else file_at(name)
     if path is None:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known) or 'none'}."

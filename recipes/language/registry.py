@@ -66,8 +66,9 @@ def operator(name: str) -> Operator:
     if not points:
         raise RecipeError(f"An operator must be built in or come with a package. Got {name}.{_near(name)}")
     if len(points) > 1:
-        both = " and ".join(sorted(_distribution(point) for point in points))
-        raise RecipeError(f"An operator must come from one package. Got {name} from {both}. Uninstall one of them.")
+        raise RecipeError(
+            f"An operator must come from one package. Got {name} from {origin(name)}. Uninstall one of them."
+        )
     found = _loaded(points[0])
     if not isinstance(found, Operator):
         raise RecipeError(
@@ -81,6 +82,11 @@ def operator(name: str) -> Operator:
             f"{found.name} with {field.default if field else 'no op'}. Mend that package, or uninstall it."
         )
     return found
+
+
+def origin(name: str) -> str:
+    """The distributions that an operator comes from."""
+    return " and ".join(sorted(_distribution(point) for point in entry_points(group=OPERATORS) if point.name == name))
 
 
 def packs() -> tuple[Pack, ...]:

@@ -201,3 +201,13 @@ def test_a_run_says_how_its_changed_weights_were_computed(models, toy, tmp_path,
     (way, calls), *others = Run(tmp_path / "run").info["computed"].items()
     assert (way, others) == ("thin", [])
     assert calls == 2 * {"flux": flux.LAYERS, "cogvideox": 3}[name]
+
+
+def test_a_run_of_no_finite_numbers_is_no_video(models, tmp_path, capsys):
+    recipe = tmp_path / "loud.yaml"
+    recipe.write_text(
+        f"schema_version: 1\nname: loud\nprompts: [{tiny.PROMPT}]\nedits: [{{op: scale, tensor: o, factor: 1.0e300}}]\n"
+    )
+    line = ["run", str(recipe), "-m", str(models / "flux"), *SMALL["flux"], *FAST, "--out", str(tmp_path / "run")]
+    assert "must be finite numbers after every step. Got NaN or infinity after step 0" in refused(capsys, line, 1)
+    assert Run(tmp_path / "run").info["status"] == "failed"
