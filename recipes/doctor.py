@@ -35,7 +35,8 @@ def _torch() -> dict[str, Any]:
 
     from probe import attend
     from probe.errors import MmditError
-    from probe.models.load import MINIATURE, place_of
+    from probe.models.load import MINIATURE
+    from probe.models.place import place_of
 
     device, dtype = place_of()
     try:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probe.errors import ModelError, UsageError
+from probe.errors import ModelError
 from probe.models.family import Family
+from probe.models.place import place_of
 from probe.models.registry import family_named, family_of, known
 
 MINIATURE = Path(__file__).resolve().parents[2] / "data" / "miniature"
@@ -30,27 +31,6 @@ def locate(model: str) -> str:
             "save_pretrained made."
         )
     return model if folder is None else str(folder)
-
-
-def place_of(device: str | None = None, dtype: Any = None) -> tuple[str, Any]:
-    """Where a model computes and in which torch dtype: CUDA if there is one; float32 on the CPU, bfloat16 on a GPU.
-    `dtype` may be given by its name.
-
-    Raises:
-        UsageError: no device, or a GPU that torch does not see.
-    """
-    import torch
-
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = device or ("cuda" if there else "cpu")
-    name, _, number = device.partition(":")
-    if name not in ("cpu", "cuda") or (":" in device and not (number.isascii() and number.isdecimal())):
-        raise UsageError(f"A device must be cpu, cuda or one GPU of several, cuda:1. Got {device!r}. Name one.")
-    if name == "cuda" and int(number or 0) >= there:
-        seen = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU"
-        raise UsageError(f"A device must be there. Got {device}, and torch sees {seen}. Take --device cpu.")
-    usual = torch.float32 if name == "cpu" else torch.bfloat16
-    return device, getattr(torch, dtype) if isinstance(dtype, str) else dtype or usual
 
 
 def load(

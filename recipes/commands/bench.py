@@ -35,7 +35,7 @@ def attention(
     format: Format = "text",
 ) -> None:
     """One attention call: each readout beside plain attention."""
-    from probe.models.load import place_of
+    from probe.models.place import place_of
     from recipes.benches.attention import Bench, shape_of
 
     shape = shape_of(size)
@@ -53,7 +53,7 @@ def record(
     format: Format = "text",
 ) -> None:
     """A whole forward: recording beside plain generation."""
-    from probe.models.load import place_of
+    from probe.models.place import place_of
     from recipes.benches.record import methods
 
     place, kind = place_of(device, dtype)
@@ -71,7 +71,7 @@ def rewrite(
     format: Format = "text",
 ) -> None:
     """Two calls that take from each other: each rewriting beside plain attention and beside its usual form."""
-    from probe.models.load import place_of
+    from probe.models.place import place_of
     from recipes.benches.attention import shape_of
     from recipes.benches.rewrite import Bench
 

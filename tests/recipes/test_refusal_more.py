@@ -6,7 +6,7 @@ import torch
 
 from control.sparsify import Sparsify
 from probe.errors import RecipeError, UsageError
-from probe.models.load import place_of
+from probe.models.place import place_of
 from recipes.language import include, parse, plan_file, registry
 from recipes.language.maskvalues import text_of
 from recipes.language.operation import Operation
