@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from probe.errors import UsageError
 
@@ -10,18 +11,20 @@ from probe.errors import UsageError
 @dataclass(frozen=True)
 class Segments:
     """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions`
-    interpolated segments per gap.
+    interpolated segments per gap. `repeats` are the segments that each prompt has to itself, one each if empty.
 
-    Source: SV:217-312. Without their "longer middle segments".
+    Source: SV:217-312. Their "longer middle segments" m are repeats of 1, 1 + m, .., 1 + m, 1 (`middle`).
 
     Raises:
-        UsageError: fewer than two prompts, an overlap that leaves no stride, or a negative count.
+        UsageError: fewer than two prompts, an overlap that leaves no stride, a negative count, or repeats that are not
+            one number above 0 for each prompt.
     """
 
     prompts: int
     length: int
     overlap: int
     transitions: int
+    repeats: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompts < 2:
@@ -37,6 +40,11 @@ class Segments:
         if self.transitions < 0:
             raise UsageError(
                 f"The number of transition segments must be at least 0. Got {self.transitions}. Take 1 or 2."
+            )
+        if self.repeats and (len(self.repeats) != self.prompts or min(self.repeats) < 1):
+            raise UsageError(
+                f"Repeats must be one whole number from 1 on for each of the {self.prompts} prompts. Got "
+                f"{list(self.repeats)}. Leave them out for one segment each."
             )
 
     @classmethod
@@ -55,10 +63,17 @@ class Segments:
         """Latent frames from one start to the next."""
         return self.length - self.overlap
 
+    def middle(self, more: int) -> Segments:
+        """The same with `more` further segments of every prompt but the first and the last (SV:255-307)."""
+        if not more:
+            return self
+        inner = (1 + more,) * (self.prompts - 2)
+        return replace(self, repeats=(1, *inner, 1))
+
     @property
     def count(self) -> int:
-        """S = n + b (n - 1)."""
-        return self.prompts + self.transitions * (self.prompts - 1)
+        """S = n + b (n - 1), and what prompts have beyond one segment."""
+        return len(self._shown)
 
     @property
     def frames(self) -> int:
@@ -77,11 +92,20 @@ class Segments:
         """(prompt i, a): the segment shows (1 - a) of prompt i and a of prompt i + 1; a = j / (b + 1) for transition
         j.
         """
-        prompt, j = divmod(segment, self.transitions + 1)
-        return prompt, j / (self.transitions + 1)
+        return self._shown[segment]
 
     def multiplicity(self, segment: int) -> int:
         """How often the pair loop counts a segment: interior ones as a source and as a target, the first and last
         once (SA:749-767).
         """
         return 1 if segment in (0, self.count - 1) else 2
+
+    @cached_property
+    def _shown(self) -> tuple[tuple[int, float], ...]:
+        """What each segment shows."""
+        made: list[tuple[int, float]] = []
+        for prompt, times in enumerate(self.repeats or (1,) * self.prompts):
+            made += [(prompt, 0.0)] * times
+            if prompt < self.prompts - 1:
+                made += [(prompt, j / (self.transitions + 1)) for j in range(1, self.transitions + 1)]
+        return tuple(made)

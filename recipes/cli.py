@@ -89,8 +89,8 @@ def _generate(
 ) -> None:
     _quiet_libraries()
     if dry:
-        from recipes.catalogue import predicted
         from recipes.job import prepare
+        from recipes.predict import predicted
 
         console.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
         return

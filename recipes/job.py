@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from control.schedule import dynamic_guidance, refuse_steps
+from ditctrl.duration import lasting
 from ditctrl.segment import Segments
 from ditctrl.sharing import Window
 from probe.errors import UsageError
@@ -130,7 +131,12 @@ def _segments(recipe: Recipe, clip: Clip) -> Segments | None:
                 f"A recipe with segments must have no {name}: the segments share one long latent. Got {len(given)}. "
                 "Leave one of the two out."
             )
-    return Segments.scaled(len(recipe.prompts), clip.frames, recipe.segments.transitions, overlap)
+    asked = recipe.segments
+    made = Segments.scaled(len(recipe.prompts), clip.frames, asked.transitions, overlap).middle(asked.middle)
+    if asked.durations is None:
+        return made
+    unit = recipe.output.fps if asked.unit == "seconds" else 1
+    return lasting(made, [duration * unit / clip.compression for duration in asked.durations])
 
 
 def _refuse_names(recipe: Recipe) -> None:

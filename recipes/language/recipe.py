@@ -14,6 +14,7 @@ from recipes.language.area import Mask
 from recipes.language.guide import Guide, LatentEdit
 from recipes.language.operator import Edit
 from recipes.language.part import Auto, Count, HalfOpen, Name, Part, PromptName, Text, by_form
+from recipes.language.timed import without_times
 
 
 class Sampler(Part):
@@ -44,6 +45,18 @@ class Segments(Part):
     overlap: Annotated[int, Field(ge=0)] | Auto = Field(
         default="auto", description="latent frames shared with the next"
     )
+    middle: int = Field(default=0, ge=0, description="further segments of every prompt but the first and the last")
+    durations: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        default=None,
+        description='how long each prompt is shown, rounded to whole segments; or begin prompts with "[0:00-0:03]"',
+    )
+    unit: Literal["seconds", "frames"] = Field(default="seconds", description="of durations, at the frames per second")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Segments:
+        if self.middle and self.durations:
+            raise ValueError("must have either middle or durations")
+        return self
 
 
 class Windows(Part):
@@ -166,6 +179,12 @@ class Recipe(Part):
         """The places of the prompts whose videos are written."""
         names = self.output.show or self.prompt_names[-1:]
         return tuple(self.prompt_index(name) for name in names)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _timed(cls, given: Any) -> Any:
+        """The times before the prompts of segments, as durations."""
+        return without_times(given)
 
     @model_validator(mode="after")
     def _means_something(self) -> Recipe:

@@ -30,11 +30,13 @@ class PairLoop:
     steps: range
     layers: range
     rotary: tuple[Tensor, Tensor] | None = None
+    repeats: tuple[int, ...] = ()
 
     def conditions(self) -> list[Tensor]:
         made = []
         for i, e in enumerate(self.embeddings):
-            made.append(e)
+            for _ in range(self.repeats[i] if self.repeats else 1):
+                made.append(e)
             if i < len(self.embeddings) - 1:
                 for j in range(1, self.transitions + 1):
                     a = j / (self.transitions + 1)

@@ -26,9 +26,9 @@ def pipe(request):
 class Both:
     """The method and its oracle for the same numbers."""
 
-    def __init__(self, pipe, prompts, transitions, overlap, window="scaled"):
+    def __init__(self, pipe, prompts, transitions, overlap, window="scaled", repeats=()):
         self.loop = Loop(pipe, STEPS, seed=5, sampler="dpm")
-        self.segments = Segments(prompts, self.loop.clip_frames, overlap, transitions)
+        self.segments = Segments(prompts, self.loop.clip_frames, overlap, transitions, repeats)
         self.window = Window.scaled(STEPS, 3) if window == "scaled" else window
         self.prompts = PROMPTS[:prompts]
         self.text = self.loop.encode(self.prompts)
@@ -45,6 +45,7 @@ class Both:
             self.window.steps if self.window else range(0),
             self.window.layers if self.window else range(0),
             self.loop._rotary(self.segments.length),
+            repeats,
         )
 
     def method(self, clock):
@@ -57,12 +58,20 @@ class Both:
             return self.traced.run(drive, self.prompts)
 
 
-GEOMETRY = [(2, 2, 2), (2, 1, 1), (3, 1, 2), (2, 0, 1), (3, 0, 0)]
+GEOMETRY = [
+    (2, 2, 2, ()),
+    (2, 1, 1, ()),
+    (3, 1, 2, ()),
+    (2, 0, 1, ()),
+    (3, 0, 0, ()),
+    (3, 1, 2, (1, 2, 1)),
+    (2, 0, 1, (3, 2)),
+]
 
 
-@pytest.mark.parametrize(("prompts", "transitions", "overlap"), GEOMETRY)
-def test_each_prediction_equals_the_pair_loop(pipe, prompts, transitions, overlap):
-    both = Both(pipe, prompts, transitions, overlap)
+@pytest.mark.parametrize(("prompts", "transitions", "overlap", "repeats"), GEOMETRY)
+def test_each_prediction_equals_the_pair_loop(pipe, prompts, transitions, overlap, repeats):
+    both = Both(pipe, prompts, transitions, overlap, repeats=repeats)
     assert both.window == Window(range(0, 2), range(2, 3))
     assert both.segments.frames == both.oracle.frames
     x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -147,7 +156,13 @@ def test_the_scaling_rule():
 
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
-    [((1, 13, 9, 2), "two prompts"), ((2, 5, 5, 2), "shorter than a segment of 5"), ((2, 5, 3, -1), "transition")],
+    [
+        ((1, 13, 9, 2), "two prompts"),
+        ((2, 5, 5, 2), "shorter than a segment of 5"),
+        ((2, 5, 3, -1), "transition"),
+        ((2, 5, 3, 1, (1, 0)), "one whole number from 1 on for each of the 2 prompts"),
+        ((2, 5, 3, 1, (1, 2, 3)), "one whole number from 1 on for each of the 2 prompts"),
+    ],
 )
 def test_impossible_segments_are_refused(numbers, sentence):
     with pytest.raises(UsageError, match=sentence):

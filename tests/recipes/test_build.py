@@ -16,11 +16,12 @@ from probe.layout import Grid
 from probe.site import Branch
 from recipes.build import BUILDERS
 from recipes.build_source import moved
-from recipes.catalogue import branches, clip_forwards, interventions, predicted
+from recipes.catalogue import branches, clip_forwards, interventions
 from recipes.job import prepare
 from recipes.language import parse
 from recipes.language.maskvalues import text_of
 from recipes.language.operator import BUILT_IN
+from recipes.predict import predicted
 from tests import tiny
 
 PROMPTS = {"source": tiny.PROMPT, "target": tiny.OTHER}

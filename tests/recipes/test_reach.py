@@ -10,9 +10,10 @@ import pytest
 from probe.errors import PlanError
 from probe.store import Run
 from recipes import run
-from recipes.catalogue import branches, interventions, predicted
+from recipes.catalogue import branches, interventions
 from recipes.job import prepare
 from recipes.language import parse
+from recipes.predict import predicted
 from tests import tiny
 from tests.recipes.line import main_ok, refused
 

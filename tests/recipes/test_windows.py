@@ -12,9 +12,10 @@ from control.denoise import Lockstep, State, denoise
 from control.overlap import Windows
 from probe.errors import RecipeError, UsageError
 from probe.site import Branch
-from recipes.catalogue import branches, clip_forwards, interventions, predicted
+from recipes.catalogue import branches, clip_forwards, interventions
 from recipes.job import prepare
 from recipes.language import parse
+from recipes.predict import predicted
 from recipes.run import execute, go_on
 from tests import tiny
 
