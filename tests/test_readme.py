@@ -44,7 +44,7 @@ def test_the_command_line_tour(tmp_path, monkeypatch, capsys):
         assert name, block
         (tmp_path / name[1]).write_text(block, encoding="utf-8")
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 22
+    assert len(lines) == 23
     for line in lines:
         words, _, target = line.partition(" > ")
         words = shlex.split(words, comments=True)
