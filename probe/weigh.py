@@ -82,7 +82,7 @@ def _compute(
 
 
 def _refuse_large(call: AttentionCall, table: Table, edits: Sequence[object]) -> None:
-    if max(table.numerator.abs().max(), table.denominator.abs().max()) > LARGEST:
+    if table.largest > LARGEST:
         raise PlanError(
             f"A weight must be multiplied by 5e34 (e^80) at most. Got more at {call.site} by all of "
             f"{', '.join(map(str, edits))}. Lower the biases, or hide the other columns instead."

@@ -72,6 +72,11 @@ class Table:
         return bool((self.numerator >= 0).all() and (self.denominator >= 0).all())
 
     @cached_property
+    def largest(self) -> float:
+        """The largest factor in size."""
+        return max(self.numerator.abs().max().item(), self.denominator.abs().max().item())
+
+    @cached_property
     def blind(self) -> Tensor:
         """Groups of rows that see nothing, bool [R]."""
         return (self.denominator == 0).all(1)
