@@ -86,6 +86,11 @@ def kept(given: Given, device: torch.device | str | None = None) -> Given:
     return replace(given, tensors=tensors)
 
 
+def on(like: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the device and in the dtype of another."""
+    return {name: x.to(like.device, like.dtype) for name, x in tensors.items()}
+
+
 _Place = tuple[int, int, str, Branch]
 
 
@@ -141,7 +146,8 @@ class Bank(Handler):
         site, heads = call.site, self.where.head_list(call.q.shape[1])
         for row in rows:
             given = kept(own_of(call, row, self.tensors, heads), self.device)
-            self._kept.setdefault((site.step, site.layer, site.kind, given.branch), {})[site.turn] = given
+            for branch in call.standing(row):
+                self._kept.setdefault((site.step, site.layer, site.kind, branch), {})[site.turn] = given
 
     def find(self, step: int, layer: int, kind: str, branch: Branch, turn: int = 0) -> Given | None:
         """What was kept of a branch: of the same turn, else of the last one; None if nothing."""
@@ -151,7 +157,8 @@ class Bank(Handler):
     @property
     def bytes(self) -> int:
         """Memory it holds."""
-        return sum(given.bytes for turns in self._kept.values() for given in turns.values())
+        every = (given for turns in self._kept.values() for given in turns.values())
+        return sum(given.bytes for given in {id(given): given for given in every}.values())
 
     def predicted_bytes(
         self, layout: TokenLayout, steps: int, layers: int, heads: int, width: int, branches: int = 1, itemsize: int = 2

@@ -45,12 +45,12 @@ class Between(Shift):
     def _rows(self, call: AttentionCall, entry: int, prompt: int) -> torch.Tensor:
         """[h, n, D] of the unedited output."""
         branch = replace(call.branches[entry], prompt=prompt, role="plain")
-        if branch not in call.branches:
+        other = call.row_of(branch)
+        if other is None:
             raise PlanError(
                 f"A direction must be between prompts of one attention call. Got {branch} at {call.site}, which has: "
                 f"{'; '.join(map(str, call.branches))}. Use a family that attends to all prompts at once."
             )
-        other = call.branches.index(branch)
         heads = self.heads(call)
         out = own_of(call, other, "o", heads).take("o", heads)
         rows = inside(self.rows, call, other)

@@ -129,8 +129,8 @@ class ExtractMask(Found, Handler):
         call.lse()
         for row in rows:
             maps = self.maps(call, row)
-            if maps is not None:
-                self._tallies.setdefault(_place(call.branches[row]), Tally()).add(maps, call.site.step)
+            for branch in call.standing(row) if maps is not None else ():
+                self._tallies.setdefault(_place(branch), Tally()).add(maps, call.site.step)
 
     def inside(self, call: AttentionCall, entry: int, side: Side) -> Tensor:
         """bool, one per row or column; with `soft` weights in the dtype of q.

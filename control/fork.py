@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -17,6 +17,7 @@ from probe.call import AttentionCall
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
+from probe.site import Branch
 from probe.word import Prompt
 
 Merge = Literal["blend", "lse", "add"]
@@ -59,6 +60,10 @@ class Fork(Edit):
     def end(self) -> None:
         """Tell the variant that it ends."""
         self.variant.end()
+
+    def treats(self, branch: Branch) -> Hashable:
+        """Whether it is selected, and what the variant does to it."""
+        return super().treats(branch), self.variant.treats(branch)
 
     def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
         """Whether an edit of the variant was there too, wherever the variant was asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -109,6 +109,10 @@ class Reuse(Edit):
                 self._reuse(call, rows, self._attended(windowed))
             else:
                 self._cache(call, rows, self._attended(windowed))
+
+    def treats(self, branch: Branch) -> Hashable:
+        """Whether it is selected, and what its window does."""
+        return super().treats(branch), self.window.treats(branch)
 
     def _place(self, call: AttentionCall, row: int) -> tuple[int, str, Branch]:
         return call.site.layer, call.site.kind, call.branches[row]

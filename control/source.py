@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from control.address import Area
-from control.bank import Bank, Given, kept, own_of
+from control.bank import Bank, Given, kept, on, own_of
 from probe.call import AttentionCall
 from probe.errors import PlanError
 from probe.site import Branch, Site
@@ -64,12 +66,15 @@ class Peer(Source):
     It may be served in the same call, or in an earlier call or turn of the step: Mochi attends to one batch entry at a
     time, and Wan, FLUX and HunyuanVideo run the halves of guidance one after the other. There, tensors that no target
     of their own call takes are kept until the step changes; with `keep` also the others (targets in several turns of a
-    step). A function needs `among`, which says what branches are kept; a prompt tells that itself.
+    step), with `once` only until they are taken (each has one target). `device` is where they are kept, None where they
+    are. A function needs `among`, which says what branches are kept; a prompt tells that itself.
     """
 
     of: int | OfBranch
     among: Callable[[Branch], bool] | None = None
     keep: bool = False
+    once: bool = False
+    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         self.early = isinstance(self.of, int) or self.among is not None
@@ -113,19 +118,21 @@ class Peer(Source):
             place = (call.site.layer, call.site.kind, branch, ask)
             known = place in self._kept and self._kept[place].site == call.site
             if not known and (self.keep or branch not in here):
-                self._kept[place] = kept(own_of(call, giver, ask.names, ask.heads))
+                self._kept[place] = kept(own_of(call, giver, ask.names, ask.heads), self.device)
 
     def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given | None:
         """The source, of this call or of an earlier one of the step."""
         source = self.branch_of(call.branches[entry])
         if source is None:
             return None
-        if source in call.branches:
-            return own_of(call, call.branches.index(source), ask.names, ask.heads)
-        found = self._kept.get((call.site.layer, call.site.kind, source, replace(ask, rows=None)))
-        if found is None:
+        row = call.row_of(source)
+        if row is not None:
+            return own_of(call, row, ask.names, ask.heads)
+        place = call.site.layer, call.site.kind, source, replace(ask, rows=None)
+        if place not in self._kept:
             raise PlanError(self._missing(call, call.branches[entry], source))
-        return found
+        found = self._kept.pop(place) if self.once else self._kept[place]
+        return replace(found, tensors=on(call.q, found.tensors))
 
     def _missing(self, call: AttentionCall, target: Branch, source: Branch) -> str:
         layer, kind = call.site.layer, call.site.kind
@@ -186,8 +193,7 @@ class Stored(Source):
                 f"takes from {branch} at {there}: {self.bank} holds {len(self.bank)} others. Let the where of the bank "
                 "select that call, in an earlier run or step."
             )
-        like = {"device": call.q.device, "dtype": call.q.dtype}
-        tensors = {name: x.to(**like) for name, x in found.tensors.items() if name in ask.names}
+        tensors = on(call.q, {name: x for name, x in found.tensors.items() if name in ask.names})
         return Recalled(**{**vars(found), "tensors": tensors})
 
     def _branch(self, target: Branch) -> Branch | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,6 +68,13 @@ class Taking(Edit):
             givers = tuple(row for row, branch in enumerate(call.branches) if self._may_give(source, branch))
             source.watch(call, Ask(names, self.heads(call)), givers, targets)
         super().serve(call, targets)
+
+    def treats(self, branch: Branch) -> Hashable:
+        """Whether it is a target, and of what source."""
+        sources = (source.of for source, _ in self._needs if isinstance(source, Peer))
+        if not self._is_target(branch):
+            return False
+        return tuple(of if isinstance(of, int) else of(branch) for of in sources)
 
     def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
         """Whether there is a target among the entries, not only sources of later ones."""

@@ -6,7 +6,7 @@ Each gives a state: out [h, n, D] and lse [h, n], so that variants can also be m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from probe.entry import Place, index_of
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
+from probe.site import Branch
 from probe.word import Prompt
 
 
@@ -39,6 +40,10 @@ class Variant(ABC):
     @abstractmethod
     def attend(self, call: AttentionCall, entry: int, heads: Place, rows: Place) -> State | None:
         """Out [h, n, D] and lse [h, n] of some heads and rows of a batch entry; None where it changes nothing."""
+
+    def treats(self, branch: Branch) -> Hashable:
+        """What of it depends on the branch, see `Handler.treats`."""
+        return None
 
     def cost(self, layout: TokenLayout) -> float:
         """Work as a share of the plain attention of the same rows."""
@@ -88,7 +93,7 @@ class Edited(Variant):
             copy.rebind(**{name: copy.own[name] for name in "qkv"})
             copy.changes = []
         for edit in self.edits:
-            here = edit.where.at(call.site, self.steps, self.layers) and entry in edit.where.rows(call.branches)
+            here = edit.where.at(call.site, self.steps, self.layers) and entry in call.rows_of(edit.where)
             if here and (edit.kinds is None or call.site.kind in edit.kinds):
                 edit.serve(copy, (entry,))
                 self._applied = True
@@ -97,6 +102,10 @@ class Edited(Variant):
             raise UsageError(f"A variant must stay inside the attention. Got {self}, which changes what follows it.")
         same = copy.changes == call.changes and all(getattr(copy, x) is getattr(call, x) for x in ("q", "k", "v"))
         return None if same else attended(copy, entry, heads, rows)
+
+    def treats(self, branch: Branch) -> Hashable:
+        """What each edit does."""
+        return tuple(edit.treats(branch) for edit in self.edits)
 
     def cost(self, layout: TokenLayout) -> float:
         """One more attention, and what the edits add."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from control.denoise import guide
 from ditctrl.condition import conditions
 from ditctrl.overlap import blend
 from ditctrl.segment import Segments
-from ditctrl.sharing import Window, branches, clip_forwards
+from ditctrl.sharing import Chunks, Turn, Window, turns, unconditional
 from probe.clock import Clock
 from probe.site import Branch
 
@@ -23,13 +23,14 @@ from probe.site import Branch
 class MultiPrompt:
     """Overlapping segments of one long latent, each under its own condition, blended into one prediction.
 
-    Equal, up to rounding, to the authors' schedule of pairs [u_k, u_k+1, c_k, c_k+1] (SA:705-767): `window` says
-    where their two roles differ. All segments of a step are one batch; a step without sharing evaluates each segment
-    once and counts it with the pair loop's multiplicity. `window` None is their ablation without KV sharing. The
-    sharing itself is a `Transfer` in the trace (`share_previous`).
+    Equal, up to rounding, to the authors' schedule of pairs [u_k, u_k+1, c_k, c_k+1] (SA:705-767): `window` says where
+    their two roles differ. Both roles of a segment start from the same input and are told to be alike, so that a trace
+    computes them once up to the first layer that shares. A step without sharing evaluates each segment once and counts
+    it with the pair loop's multiplicity. `window` None is their ablation without KV sharing. The sharing itself is a
+    `Transfer` in the trace (`share_previous`).
 
     `embeddings` is [n, T, E], `negative` [1, T, E] (zeros in the authors' code, SV:272-276, not the encoded empty
-    prompt); the latents given to a call are [1, L, C, H, W].
+    prompt); the latents given to a call are [1, L, C, H, W]. `chunks` says how many segments are in one forward.
     """
 
     loop: Loop
@@ -39,26 +40,35 @@ class MultiPrompt:
     guidance: Callable[[int], float]
     window: Window | None
     clock: Clock
+    chunks: Chunks = Chunks()
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """The guided, blended model output [1, L, C, H, W]."""
-        half = branches(self.segments, self.window, step)
-        both = [replace(b, guided=False) for b in half] + half
-        clips = torch.cat([latents[:, self.segments.window(b.segment)] for b in half])
-        text = self.conditions[[b.segment for b in half]]
-        self.clock.tell(step, self.loop.steps, both)
+        return blend(self.segments, list(self._parts(latents, step)))
+
+    def _parts(self, latents: Tensor, step: int) -> Iterator[tuple[int, float, Tensor]]:
+        """Segment, weight and guided prediction [T, C, H, W] of each evaluation that counts."""
+        for number, turn in enumerate(turns(self.segments, self.window, step, self.chunks)):
+            guided = self._forward(latents, turn, step, number)
+            for branch, prediction in zip(turn.branches[turn.borrowed :], guided[turn.borrowed :], strict=True):
+                yield branch.segment, self._weight(branch), prediction
+
+    def _forward(self, latents: Tensor, turn: Turn, step: int, number: int) -> Tensor:
+        """The guided predictions of one forward, [branches, T, C, H, W]."""
+        half, count = turn.branches, len(turn.branches)
+        clips = torch.cat([latents[:, self.segments.window(branch.segment)] for branch in half])
+        text = self.conditions[[branch.segment for branch in half]]
+        alike = [*turn.alike, *(count + first for first in turn.alike)]
+        self.clock.tell(step, self.loop.steps, [*map(unconditional, half), *half], number, alike)
         output = self.loop.forward(torch.cat([clips, clips]), torch.cat([self.negative.expand_as(text), text]), step)
-        guided = guide(output, self.guidance(self.loop.timesteps[step]))
-        return blend(self.segments, [(b.segment, self._weight(b), p) for b, p in zip(half, guided, strict=True)])
+        return guide(output, self.guidance(self.loop.timesteps[step]))
 
     @cached_property
     def conditions(self) -> Tensor:
         """The text of every segment, [S, T, E]: the same in each step."""
         return conditions(self.segments, self.embeddings)
 
-    def sample_forwards(self) -> int:
-        """Transformer evaluations of single clips in the whole run, both guidance halves."""
-        return sum(clip_forwards(self.segments, self.window, self.loop.steps))
-
     def _weight(self, branch: Branch) -> float:
-        return self.segments.multiplicity(branch.segment) if branch.role == "plain" else 1.0
+        """The part of its segment's weight that one of its evaluations has."""
+        both = branch.role != "plain" and not self.segments.ends(branch.segment)
+        return self.segments.multiplicity(branch.segment) / (2 if both else 1)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from probe.errors import UsageError
+
+
+Variant = Literal["code", "paper"]
+"""Where the authors' code and the paper's formulas differ, which one is followed."""
 
 
 @dataclass(frozen=True)
@@ -13,11 +18,15 @@ class Segments:
     """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions`
     interpolated segments per gap. `repeats` are the segments that each prompt has to itself, one each if empty.
 
-    Source: SV:217-312. Their "longer middle segments" m are repeats of 1, 1 + m, .., 1 + m, 1 (`middle`).
+    Source: SV:217-312. Their "longer middle segments" m are repeats of 1, 1 + m, .., 1 + m, 1 (`middle`); their longer
+    single prompt is one prompt with repeats (`alone`).
+
+    `variant` decides how much an interior segment counts where it overlaps others: twice, as the pair loop of the code
+    adds it as a source and as a target, or once, as the paper's weights have it.
 
     Raises:
-        UsageError: fewer than two prompts, an overlap that leaves no stride, a negative count, or repeats that are not
-            one number above 0 for each prompt.
+        UsageError: fewer than two segments, an overlap that leaves no stride, a negative count, or repeats that are
+            not one number above 0 for each prompt.
     """
 
     prompts: int
@@ -25,12 +34,14 @@ class Segments:
     overlap: int
     transitions: int
     repeats: tuple[int, ...] = ()
+    variant: Variant = "code"
 
     def __post_init__(self) -> None:
-        if self.prompts < 2:
+        if self.prompts < 1 or (self.prompts == 1 and sum(self.repeats) < 2):
             raise UsageError(
-                f"DiTCtrl must have at least two prompts. Got {self.prompts}. Add the prompt the video turns to, or "
-                "use `mmdit record`."
+                f"DiTCtrl must have at least two prompts, or one that is shown for several segments. Got "
+                f"{self.prompts}. Add the prompt the video turns to, say segments.times=3 for a longer video of one "
+                "prompt, or use `mmdit record`."
             )
         if not 0 <= self.overlap < self.length:
             raise UsageError(
@@ -48,15 +59,32 @@ class Segments:
             )
 
     @classmethod
-    def scaled(cls, prompts: int, length: int, transitions: int = 2, overlap: int | None = None) -> Segments:
+    def scaled(
+        cls,
+        prompts: int,
+        length: int,
+        transitions: int | None = None,
+        overlap: int | None = None,
+        variant: Variant = "code",
+        repeats: tuple[int, ...] = (),
+    ) -> Segments:
         """The authors' geometry carried over to another segment length.
 
-        Their presets for 13 latent frames are overlap 9 with 2 transition segments and 6 with 1 (or none): round(9 T
-        / 13) and round(6 T / 13).
+        Their presets for 13 latent frames are overlap 9 with 2 transition segments (the code's default) and 6 with 1
+        (the paper's numbers) or none: round(9 T / 13) and round(6 T / 13).
         """
+        if transitions is None:
+            transitions = 2 if variant == "code" else 1
         share = 9 if transitions >= 2 else 6
         auto = min(round(share * length / 13), length - 1)
-        return cls(prompts, length, auto if overlap is None else overlap, transitions)
+        return cls(prompts, length, auto if overlap is None else overlap, transitions, repeats, variant)
+
+    @classmethod
+    def alone(cls, times: int, transitions: int) -> tuple[int, ...]:
+        """Repeats of a single prompt that stands `times` times in the authors' list (AR:344-350): the transitions
+        between equal prompts show it too.
+        """
+        return (times + (times - 1) * transitions,)
 
     @property
     def stride(self) -> int:
@@ -95,10 +123,14 @@ class Segments:
         return self._shown[segment]
 
     def multiplicity(self, segment: int) -> int:
-        """How often the pair loop counts a segment: interior ones as a source and as a target, the first and last
-        once (SA:749-767).
+        """How often a segment counts. In the code's pair loop interior ones do as a source and as a target, the first
+        and last once (SA:749-767); in the paper's formula each does once.
         """
-        return 1 if segment in (0, self.count - 1) else 2
+        return 1 if self.variant == "paper" or self.ends(segment) else 2
+
+    def ends(self, segment: int) -> bool:
+        """Whether it is the first or the last one."""
+        return segment in (0, self.count - 1)
 
     @cached_property
     def _shown(self) -> tuple[tuple[int, float], ...]:

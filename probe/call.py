@@ -12,7 +12,7 @@ from probe import attend
 from probe.entry import Entry, Place, index_of
 from probe.errors import TapError
 from probe.layout import TokenLayout
-from probe.site import SPLIT, Branch, Site
+from probe.site import SPLIT, Branch, Site, Where
 from probe.weigh_entry import extra_channels, reweighted
 from probe.word import Prompt
 
@@ -32,7 +32,8 @@ class AttentionCall:
     Edits rebind `q`, `k`, `v` (never write into them: the model may hold views); merges rebind `out`. `own` keeps the
     tensors as the model made them, so that what a source gives does not depend on the order of edits. `layout` is the
     joint sequence; `rows` and `columns` are what this call's queries and keys are, which differ in self and cross
-    attention. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward
+    attention. `stands` are the told branches of each batch entry where one stands for several with the same input, in
+    layers that are computed once for all of them. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward
     or the block returns. `rope` is how the model rotates q and k, None where it does not. `mask` is the model's own key
     mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each batch entry may see, always the first ones.
     `native` says that the model attends through torch's own kernels.
@@ -46,6 +47,7 @@ class AttentionCall:
     layout: TokenLayout
     branches: tuple[Branch, ...]
     prompts: tuple[Prompt, ...] = ()
+    stands: tuple[tuple[Branch, ...], ...] = ()
     mask: Tensor | None = None
     visible: tuple[int, ...] | None = None
     native: bool = True
@@ -67,6 +69,18 @@ class AttentionCall:
                 f"A call must have the tokens of its layout. Got {self.q.shape[-2]} rows and {self.k.shape[-2]} "
                 f"columns at {self.site} for {self.layout}. The model arranges its tokens in another way."
             )
+
+    def standing(self, row: int) -> tuple[Branch, ...]:
+        """The branches that a batch entry is: several where equal ones are computed once."""
+        return self.stands[row] if self.stands else (self.branches[row],)
+
+    def rows_of(self, where: Where) -> tuple[int, ...]:
+        """The batch entries of which a branch is selected."""
+        return tuple(row for row in range(len(self.branches)) if where.rows(self.standing(row)))
+
+    def row_of(self, branch: Branch) -> int | None:
+        """The batch entry that is, or stands for, a branch; None if none is."""
+        return next((row for row, own in enumerate(self.branches) if branch in (own, *self.standing(row))), None)
 
     @property
     def rows(self) -> TokenLayout:

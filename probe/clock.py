@@ -29,12 +29,18 @@ class Clock:
     steps: int = 0
     timestep: float = float("nan")
     branches: tuple[Branch, ...] = ()
+    alike: tuple[int, ...] = ()
     _told: bool = field(default=False, repr=False)
     _ever_told: bool = field(default=False, repr=False)
 
-    def tell(self, step: int, steps: int, branches: Sequence[Branch], turn: int = 0) -> None:
-        """Say what the next forward is: step `step` of `steps`, its nth forward, and its batch entries."""
+    def tell(self, step: int, steps: int, branches: Sequence[Branch], turn: int = 0, alike: Sequence[int] = ()) -> None:
+        """Say what the next forward is: step `step` of `steps`, its nth forward, and its batch entries.
+
+        `alike[i]` is the first entry with the same latents, text and timestep as entry i: such entries are computed
+        once up to the layer where an edit tells them apart.
+        """
         self.step, self.steps, self.turn, self.branches = step, steps, turn, tuple(branches)
+        self.alike = tuple(alike)
         self._told = self._ever_told = True
 
     def forward(self, timestep: Tensor, batch: int, name: str | None = None, step: int | None = None) -> None:
@@ -55,6 +61,7 @@ class Clock:
                 )
             self._read(timestep, step)
             self.steps, self.branches = self.read_steps(), self.read_branches(batch, name)
+            self.alike = ()
         self._told = False
         if not 0 <= self.step < self.steps:
             raise TapError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from enum import IntEnum
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from probe.call import AttentionCall
 from probe.errors import PlanError, UsageError
 from probe.layout import TokenLayout
-from probe.site import KINDS, Site, Where, chosen
+from probe.site import KINDS, Branch, Site, Where, chosen
 from probe.word import Prompt
 
 
@@ -64,6 +64,10 @@ class Handler(ABC):
     def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
         """Whether being served here counts: a handler may also be served where it only looks for a source."""
         return True
+
+    def treats(self, branch: Branch) -> Hashable:
+        """What an edit does to a branch, as far as the branch decides: by default, whether it is selected."""
+        return bool(self.where.rows((branch,)))
 
     def cost(self, layout: TokenLayout) -> float:
         """Predicted extra work per matched call, as a share of the plain attention of the rows concerned."""
@@ -122,6 +126,14 @@ class Plan:
                 if h.where.at(site, self.steps, self.layers) and (h.kinds is None or site.kind in h.kinds)
             )
         return self._cache[site]
+
+    def apart(self, step: int, turn: int, groups: Sequence[Sequence[Branch]]) -> int:
+        """The first layer at which an edit treats branches of a group differently; `layers` if none does."""
+        for layer, kind in sorted(self.places):
+            for handler in self.at(Site(step, turn, layer, 0, kind)):
+                if handler.touches and any(len(set(map(handler.treats, one))) > 1 for one in groups):
+                    return layer
+        return self.layers
 
     def served(self, handler: Handler) -> None:
         """Count that a handler met a call."""

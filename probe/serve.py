@@ -22,9 +22,9 @@ def before_attention(call: AttentionCall, plan: Plan) -> None:
     _refuse_overlap(call, edits)
     _serve(call, plan, edits)
     if call.changes:
-        weighed = [h for h in edits if not h.touches.isdisjoint(("weights", "added")) and h.where.rows(call.branches)]
+        weighed = [h for h in edits if not h.touches.isdisjoint(("weights", "added")) and call.rows_of(h.where)]
         plan.how[call.site, weigh.run(call, weighed)] += 1
-    readouts = [h for h in handlers if h.stage == Stage.USED and h.where.rows(call.branches)]
+    readouts = [h for h in handlers if h.stage == Stage.USED and call.rows_of(h.where)]
     if plan.fuse and call.out is None and not call.changes and any(h.in_parts for h in readouts):
         call.run_in_parts()
     if call.out is None and any(h.needs_lse for h in readouts):
@@ -48,7 +48,7 @@ def _serve(call: AttentionCall, plan: Plan, handlers: list[Handler]) -> None:
         return
     with torch.autocast(call.q.device.type, enabled=False):
         for handler in handlers:
-            rows = handler.where.rows(call.branches)
+            rows = call.rows_of(handler.where)
             if rows:
                 handler.serve(call, rows)
                 if handler.met(call, rows):
@@ -60,7 +60,7 @@ def _refuse_overlap(call: AttentionCall, edits: list[Handler]) -> None:
         for other in edits[i + 1 :]:
             same = one.rank == other.rank and one.touches & other.touches and not (one.composes and other.composes)
             heads = set(one.where.head_list(call.q.shape[1])) & set(other.where.head_list(call.q.shape[1]))
-            both = set(one.where.rows(call.branches)) & set(other.where.rows(call.branches))
+            both = set(call.rows_of(one.where)) & set(call.rows_of(other.where))
             if same and heads and any(_meet(one, other, call, row) for row in both):
                 raise PlanError(
                     f"Two edits must not change the same tensor at the same place. Got {one} and {other} at "

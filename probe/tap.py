@@ -24,6 +24,7 @@ from probe.gate import gate_of
 from probe.layout import TokenLayout
 from probe.models.family import Family, Slot
 from probe.models.rope import Rope
+from probe.once import Once, Repeats, shared
 from probe.reroute import Route, reroute
 from probe.site import SPLIT, Branch, Site
 from probe.word import Prompt
@@ -88,7 +89,7 @@ class Tap:
                 out = tap.layers[2].output.save()
 
     `others` are further transformers of the same pipeline with the same blocks, of which one works at a time (Wan 2.2).
-    `plain` holds the processors as they were.
+    `plain` holds the processors as they were; `passes` counts the batch entries of all layers that were computed.
 
     Raises:
         TapError: no attention call found, the model is already traced, or gradient checkpointing is on.
@@ -100,11 +101,13 @@ class Tap:
         self.slots = [slot for one in self.models for slot in family.slots(one)]
         self.hub = Hub(family.slots(model))
         self.nnsight = NNsight(self.hub)
-        self.on_forward: Callable[[Forward, TokenLayout], None] | None = None
+        self.on_forward: Callable[[Forward, TokenLayout], Repeats | None] | None = None
         self.place: Callable[[], Place] = Place
         self.observe: Callable[[AttentionCall], None] | None = None
         self.layout: TokenLayout | None = None
         self.plain: list[Any] = []
+        self.passes = 0
+        self._once = Once(family)
         self._seen: Counter[tuple[int, int]] = Counter()
         self._served: set[tuple[int, int]] = set()
         self._masked: tuple[Tensor | None, tuple[int, ...] | None] = (None, None)
@@ -142,6 +145,7 @@ class Tap:
             for model in self.models:
                 self._undo.append(model.register_forward_pre_hook(self._forward, with_kwargs=True).remove)
                 self._undo.extend(self._afterwards.listen(model))
+                self._undo.extend(self._once.listen(model))
                 self._listen(model)
         except BaseException:
             self.__exit__()
@@ -181,11 +185,13 @@ class Tap:
         self._seen, self._masked = Counter(), (None, None)
         self._rope = cache(partial(self.family.rope, model, inputs))  # asked once the weights are on the device
         self._afterwards.begin(self.layout)
+        self._once.now = None
         name, step = self._named
         if inputs.get("skip_layers"):  # skip-layer guidance of SD3: a further forward of the conditional half
             name = "cond"
         if self.on_forward is not None:
-            self.on_forward(Forward(inputs["timestep"], len(inputs["hidden_states"]), name, step), self.layout)
+            forward = Forward(inputs["timestep"], len(inputs["hidden_states"]), name, step)
+            self._once.now = self.on_forward(forward, self.layout)
 
     def _attend(self, slot: Slot, route: Route) -> Tensor:
         """One attention call of the model, [B, H, N, D]."""
@@ -209,7 +215,11 @@ class Tap:
         at, place = (slot.layer, slot.call), self.place()
         nth, self._seen[at] = self._seen[at], self._seen[at] + 1
         self._served.add(at)
+        self.passes += len(route.q) if slot.call == 0 else 0
         branches, ragged = place.branches, self.family.ragged
+        left = self._once.at(slot.layer)
+        stands = left.stands(branches) if left else ()
+        branches = tuple(map(shared, stands)) if left else branches
         if ragged:
             branches, layout = branches[nth : nth + 1], layout.with_text(route.q.shape[-2] - layout.grid.size)
         return AttentionCall(
@@ -220,6 +230,7 @@ class Tap:
             scale=route.scale,
             layout=layout,
             branches=branches,
+            stands=stands,
             prompts=place.prompts,
             mask=route.mask,
             visible=self._visible(route.mask, len(route.q)),

@@ -18,6 +18,7 @@ from probe.errors import TapError
 from probe.layout import TokenLayout
 from probe.models.family import arguments_of, transformers_of
 from probe.models.registry import family_of
+from probe.once import Repeats, repeats
 from probe.plan import Handler, Plan
 from probe.tap import Forward, Place, Tap
 from probe.word import Prompt, tokenize
@@ -34,6 +35,8 @@ class Traced:
         self.layout: TokenLayout | None = None
         self.computed: Counter[str] = Counter()
         """How the changed weights of the last run were computed ("split", "gather", ..), and in how many calls."""
+        self.passes = 0
+        """Batch entries of single layers that the last run computed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's own call and output; `prompt` tells the words."""
@@ -83,7 +86,7 @@ class Traced:
         cut = tuple(prompt for prompt in prompts if isinstance(prompt, Prompt))  # fast tokenizers serve one thread
         cut = cut or self.tokenize([str(prompt) for prompt in prompts], **call)
         run = _Run(self, tap, cut, len(prompts), self.family.copies(call))
-        idle = tap.on_forward, tap.place
+        idle, before = (tap.on_forward, tap.place), tap.passes
         tap.on_forward, tap.place = run.forward, run.place
         try:
             result = _follow(tap, lambda: drive(run.clock), run)
@@ -92,6 +95,7 @@ class Traced:
             for handler in self.handlers:
                 handler.end()
         run.finish()
+        self.passes = tap.passes - before
         return result
 
 
@@ -119,11 +123,12 @@ class _Run:
         self.plan: Plan | None = None
         self.first_step = 0
 
-    def forward(self, told: Forward, layout: TokenLayout) -> None:
+    def forward(self, told: Forward, layout: TokenLayout) -> Repeats | None:
+        """Learn where the run is; what of the batch can be computed once."""
         step, batch = step_of(getattr(self.traced.pipe, "scheduler", None), told.step), told.batch
         self.clock.forward(told.timestep, batch, told.name, step)
         self.traced.layout = layout
-        if len(self.clock.branches) != batch:
+        if len(self.clock.branches) != batch or len(self.clock.alike) not in (0, batch):
             raise TapError(
                 f"The branches told must be as many as the batch entries. Got {len(self.clock.branches)} branches for "
                 f"a batch of {batch}. Tell one branch per entry."
@@ -131,6 +136,8 @@ class _Run:
         if self.plan is None:
             self.first_step = self.clock.step
             self.plan = self.traced.plan(self.clock.steps, self.prompts)
+        clock = self.clock
+        return repeats(clock.alike, clock.branches, self.plan, clock.step, clock.turn) if clock.alike else None
 
     def place(self) -> Place:
         return Place(self.clock.step, self.clock.turn, self.clock.branches, self.prompts)

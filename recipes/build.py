@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from control.best_band import BestBand
@@ -95,14 +94,11 @@ def _previous(edit: spec.Transfer, context: Context) -> Sequence[Handler]:
     """DiTCtrl's KV sharing, inside its window: the branches and their sources are its own."""
     if context.segments is None or context.window is None:
         return []
-    shared = share_previous(context.segments, context.window, edit.tensors)
     if edit.prompts is not None or edit.guidance != "both":
         raise UsageError("A transfer from previous_segment must be for all prompts and both halves. Leave them out.")
-    window = {"steps": None, "layers": None}
-    address = context.address(edit.model_copy(update=window))
-    where = replace(shared.where, heads=address.pop("where").heads)
-    gate = context.area(edit.gate)
-    return [Transfer(edit.tensors, shared.source, gate=gate, where=where, **address)]
+    address = context.address(edit.model_copy(update={"steps": None, "layers": None}))
+    heads, gate = address.pop("where").heads, context.area(edit.gate)
+    return [share_previous(context.segments, context.window, edit.tensors, heads=heads, gate=gate, **address)]
 
 
 def _bias(edit: spec.Bias, context: Context) -> Sequence[Handler]:

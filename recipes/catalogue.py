@@ -21,7 +21,8 @@ def readouts(job: Job) -> tuple[Readout, ...]:
     record, size = job.recipe.record, job.size
     if record is None:
         return ()
-    return looks.readouts(record, job.record_where(), job.steps, size.layers, size.family.kinds)
+    regions = looks.region_maps(record, job.region_where(), job.region_frame(), size.family.kinds)
+    return (*looks.readouts(record, job.record_where(), job.steps, size.layers, size.family.kinds), *regions)
 
 
 def interventions(job: Job) -> Program:
@@ -66,13 +67,13 @@ def _conditional(job: Job, made: Program, step: int) -> list[Branch]:
     return [*plain, *(replace(plain[row], role=role) for role, row in passes(made.guides, plain, step, job.steps))]
 
 
-def clip_forwards(job: Job, made: Program) -> list[int]:
-    """Clip evaluations of each step, both guidance halves and perturbed passes."""
+def layer_passes(job: Job, made: Program) -> list[int]:
+    """Evaluations of one layer for one clip in each step, both guidance halves and perturbed passes."""
+    layers = job.size.layers
     if job.segments is not None:
-        return sharing.clip_forwards(job.segments, job.window, job.steps)
+        return sharing.layer_passes(job.segments, job.window, job.steps, layers)
     own = clips_of(job) if job.guidance > 1 else 0
-    once = [own + len(_conditional(job, made, step)) for step in range(job.steps)]
-    return once if made.again is None else [n * _times(made, step) for step, n in enumerate(once)]
+    return [_times(made, step) * layers * (own + len(_conditional(job, made, step))) for step in range(job.steps)]
 
 
 def clips_of(job: Job) -> int:

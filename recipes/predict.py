@@ -13,10 +13,11 @@ from probe.readout.base import Readout
 from probe.readout.keep import KeepQK
 from probe.readout.word import WordMaps
 from probe.site import Where, chosen
+from probe.store_record import REGIONS
 from probe.store_size import Selection, predicted_bytes
 from probe.word import words_of
 from recipes.build_area import Branches
-from recipes.catalogue import clip_forwards, clips_of, interventions, plan_of, readouts
+from recipes.catalogue import clips_of, interventions, layer_passes, plan_of, readouts
 from recipes.job import Job
 from recipes.program import Change, Program
 
@@ -25,7 +26,7 @@ def predicted(job: Job) -> dict[str, Any]:
     """Sizes, edits and cost before anything runs: what `--dry-run` prints."""
     counted = [_counted(job, readout) for readout in readouts(job)]
     made, size = interventions(job), job.size
-    forwards = clip_forwards(job, made)
+    passes = layer_passes(job, made)
     return {
         "model": job.recipe.model,
         **job.resolved(),
@@ -36,9 +37,9 @@ def predicted(job: Job) -> dict[str, Any]:
         "latent frames": job.frames,
         "video frames": job.pixel_frames,
         "tokens per segment": f"{job.size.layout.text} text + {job.size.layout.grid} = {job.size.layout.total}",
-        "clip forwards": sum(forwards),
-        "clip forwards of each step": _runs(forwards),
-        "clip forwards of the pair loop": 4 * (job.segments.count - 1) * job.steps if job.segments else None,
+        "layer passes": sum(passes),
+        "layer passes of each step": _runs(passes),
+        "layer passes of the pair loop": _against(job, sum(passes)) if job.segments else None,
         **{place: _told(job, change) for place, change in made.edits.items()},
         **_shared(job, made),
         "extra attention for edits": f"{plan_of(job, made.handlers).cost(size.layout):.1%}",
@@ -47,6 +48,13 @@ def predicted(job: Job) -> dict[str, Any]:
         "goes on after an interrupt": f"no: {made.carries} would be lost" if made.carries else None,
         "run folder without the video, at most": f"{predicted_bytes(_selection(job, counted)) / 1e6:.1f} MB",
     }
+
+
+def _against(job: Job, passes: int) -> str:
+    """What DiTCtrl's own schedule would take, and the share of it that is taken."""
+    assert job.segments
+    reference = sharing.reference_passes(job.segments, job.steps, job.size.layers)
+    return f"{reference}, of which this is {passes / reference:.2f}"
 
 
 def _shown(job: Job) -> list[str]:
@@ -165,6 +173,10 @@ def _selection(job: Job, counted: Sequence[Readout]) -> Selection:
         frames="frames" in kept,
         columns="columns" in kept,
         token_mass="token_mass" in kept,
+        text_text="text_text" in kept,
+        spatial="spatial" in kept,
+        temporal="temporal" in kept,
+        region_steps=len(chosen(job.region_where().steps, job.steps)) if set(REGIONS) & kept else 0,
         metrics=sum(len(readout.definitions) for readout in counted),
         qk=sites,
         width=size.width,

@@ -20,7 +20,7 @@ from probe.recorder import Recorder, refuse_overflow
 from probe.show import finish_video
 from probe.store import Run, RunWriter, refuse_taken
 from recipes import kept, resume, stock
-from recipes.catalogue import clip_forwards, interventions
+from recipes.catalogue import interventions
 from recipes.job import Job, prepare
 from recipes.language.recipe import Recipe
 from recipes.loaded import Loaded, opened, out_of_memory
@@ -95,8 +95,8 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
         kept.write(loaded.made, writer.folder)
         loop.close()
         seconds = round(time.perf_counter() - loaded.began, 1)
-        forwards, ways = sum(clip_forwards(job, loaded.made)), dict(loaded.traced.computed)
-        writer.finish("done", seconds=seconds, clip_forwards=forwards, computed=ways)
+        traced = loaded.traced
+        writer.finish("done", seconds=seconds, layer_passes=traced.passes, computed=dict(traced.computed))
     return Run(writer.folder)
 
 

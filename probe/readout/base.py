@@ -75,9 +75,15 @@ class Readout(Handler):
         for row in rows:
             entry = call.entry(row, heads)
             made = self.reduce(entry)
-            if made is not None:
-                self.layouts[entry.branch] = entry.columns
-                self.values[At(site.step, call.branches[row], site.layer, site.kind, site.turn)] = _kept(made)
+            if made is None:
+                continue
+            value = _kept(made)
+            for branch in self.where.rows(call.standing(row)):
+                self._keep(At(site.step, call.standing(row)[branch], site.layer, site.kind, site.turn), value, entry)
+
+    def _keep(self, at: At, value: Any, entry: Entry) -> None:
+        """One value; entries that stand for several branches are kept for each."""
+        self.layouts[at.branch], self.values[at] = entry.columns, value
 
     def metrics(self, value: Any) -> dict[str, NDArray[np.float32]]:
         """Numbers per head [H] that sum up a value, by name; `definitions` says what each is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from probe.entry import Entry, index_of
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
-from probe.readout.base import refuse_unknown
+from probe.readout.base import At, refuse_unknown
 from probe.readout.feature import TokenReadout, by_head
 from probe.site import JOINT, Branch, Where
 from probe.word import Prompt
@@ -89,6 +90,10 @@ class OutputSaliency(TokenReadout):
         made = {"cosine": F.normalize(means, dim=-1) @ F.normalize(video, dim=-1).mT, "dot": means @ video.mT}
         return {name: values.unflatten(-1, seen.rows.grid.shape) for name, values in made.items()}
 
+    def _keep(self, at: At, value: Any, entry: Entry) -> None:
+        super()._keep(at, value, entry)
+        self.words_of[at.branch] = self.words_of[entry.branch]
+
     def _video_of(self, entry: Entry) -> Entry:
         """The batch entry whose video is read."""
         asked, branch, call = self.video_from, entry.branch, self.call
@@ -96,12 +101,13 @@ class OutputSaliency(TokenReadout):
             return entry
         assert call is not None
         other = asked(branch) if callable(asked) else replace(branch, prompt=asked)
-        if other not in call.branches:
+        row = call.row_of(other)
+        if row is None:
             raise UsageError(
                 f"Saliency in the video of another branch must have it in the same call. Got none of {other} at "
                 f"{call.site}. Run both prompts in one batch."
             )
-        return call.entry(call.branches.index(other), entry.heads)
+        return call.entry(row, entry.heads)
 
     def cost(self, layout: TokenLayout) -> float:
         """Two dot products per word and video token."""

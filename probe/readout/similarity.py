@@ -16,7 +16,7 @@ from probe.errors import LayoutError, UsageError
 from probe.layout import TokenLayout
 from probe.likeness import ROWS, Keys, Map, Measure, known, means, row_similarity
 from probe.plan import Stage
-from probe.readout.base import Readout
+from probe.readout.base import At, Readout
 from probe.site import JOINT, Branch, Site, Where, Which
 from probe.word import Prompt
 
@@ -137,6 +137,10 @@ class Similarity(Compared):
                 f'tokens at {entry.site}. Compare with keys="video", or prompts of one length.'
             )
         return self.compare(map_of(entry, self.keys), map_of(other, self.keys), entry.scale, entry.rows)
+
+    def _keep(self, at: At, value: Any, entry: Entry) -> None:
+        super()._keep(at, value, entry)
+        self.other[at.branch] = self.other[entry.branch]
 
     def _pairs(self, site: Site, branches: Sequence[Branch]) -> dict[int, int]:
         """Batch entry of a -> batch entry of b."""

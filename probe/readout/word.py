@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from probe.entry import Entry, on_device
 from probe.errors import UsageError
 from probe.layout import TokenLayout
 from probe.plan import Stage
-from probe.readout.base import Readout, refuse_unknown
+from probe.readout.base import At, Readout, refuse_unknown
 from probe.site import JOINT, Branch, Where
 from probe.word import Prompt
 
@@ -90,6 +90,10 @@ class WordMaps(Readout):
         if not tokens:
             return None
         return {direction: self._map(entry, tokens, direction) for direction in self.directions}
+
+    def _keep(self, at: At, value: Any, entry: Entry) -> None:
+        super()._keep(at, value, entry)
+        self.words_of[at.branch] = self.words_of[entry.branch]
 
     def cost(self, layout: TokenLayout) -> float:
         """A few columns and a few rows of the matrix; all text columns when conditional on text."""

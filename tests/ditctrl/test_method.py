@@ -10,6 +10,7 @@ from control.adapter import Loop
 from control.denoise import State, denoise
 from control.schedule import dynamic_guidance
 from ditctrl import MultiPrompt, Segments, Window, share_previous
+from ditctrl.sharing import Chunks, layer_passes, reference_passes
 from probe.errors import UsageError
 from tests import tiny
 from tests.ditctrl.pair_loop import PairLoop
@@ -108,11 +109,16 @@ def test_without_sharing_each_segment_is_computed_once(pipe):
     v = both.run(lambda clock: both.method(clock)(x, 0))
     a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[0]].double()
     assert (a.sqrt() * x - (1 - a).sqrt() * v - both.oracle.x0(x, 0)).abs().max() < 1e-12 * v.abs().max()
-    assert both.method(None).sample_forwards() == STEPS * 2 * 4
+    assert both.traced.passes == 2 * 4 * 3
 
 
-def test_clip_forwards_are_counted(pipe):
-    assert Both(pipe, 2, 2, 2).method(None).sample_forwards() == 2 * 2 * 6 + 3 * 2 * 4
+def test_equal_entries_are_computed_once_up_to_the_layer_that_shares(pipe):
+    both = Both(pipe, 2, 2, 2)
+    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+    both.run(lambda clock: [both.method(clock)(x, step) for step in range(STEPS)])
+    per_step = layer_passes(both.segments, both.window, STEPS, 3)
+    assert per_step == [2 * (2 * 4 + 1 * 6)] * 2 + [2 * 3 * 4] * 3
+    assert both.traced.passes == sum(per_step)
 
 
 def test_recording_changes_no_bit_of_the_method(pipe):
@@ -167,3 +173,26 @@ def test_the_scaling_rule():
 def test_impossible_segments_are_refused(numbers, sentence):
     with pytest.raises(UsageError, match=sentence):
         Segments(*numbers)
+
+
+@pytest.mark.parametrize(("prompts", "share"), [(2, 0.69), (3, 0.62), (5, 0.58)])
+def test_layer_passes_beside_the_pair_loop_at_full_size(prompts, share):
+    segments, window = Segments.scaled(prompts, 13), Window.scaled(50, 30)
+    made, reference = sum(layer_passes(segments, window, 50, 30)), reference_passes(segments, 50, 30)
+    assert reference == 4 * (segments.count - 1) * 50 * 30
+    assert made / reference == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize("chunks", [Chunks(1), Chunks(3), Chunks(2, device="cpu"), Chunks(2, again=True), Chunks(9)])
+def test_segments_in_chunks_equal_the_pair_loop(pipe, chunks):
+    both = Both(pipe, 2, 2, 2)
+    share = share_previous(both.segments, both.window, device=chunks.device)
+    both.traced = probe.trace(pipe, share)
+    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+    outputs = both.run(lambda clock: [replace(both.method(clock), chunks=chunks)(x, step) for step in range(STEPS)])
+    for step, v in enumerate(outputs):
+        a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[step]].double()
+        clean = a.sqrt() * x - (1 - a).sqrt() * v
+        assert (clean - both.oracle.x0(x, step)).abs().max() < 1e-12 * v.abs().max()
+    assert both.traced.passes == sum(layer_passes(both.segments, both.window, STEPS, 3, chunks))
+    assert not share._from._kept

@@ -16,7 +16,7 @@ from probe.layout import Grid
 from probe.site import Branch
 from recipes.build import BUILDERS
 from recipes.build_source import moved
-from recipes.catalogue import branches, clip_forwards, interventions
+from recipes.catalogue import branches, interventions, layer_passes
 from recipes.job import prepare
 from recipes.language import parse
 from recipes.language.maskvalues import text_of
@@ -193,8 +193,8 @@ def test_guides_are_further_forwards_in_their_steps(toy):
     guide = {"weight": {"from": 0, "to": 2, "start": 0.5, "stop": 0.5}, "prompts": ["target"]}
     made = job(toy, guides=[{**guide, "perturb": [{"op": "identity"}]}])
     program = interventions(made)
-    assert clip_forwards(made, program) == [4, 4, 5, 5]
-    assert predicted(made)["clip forwards of each step"] == "4 in 0 to 1, 5 in 2 to 3"
+    assert layer_passes(made, program) == [12, 12, 15, 15]
+    assert predicted(made)["layer passes of each step"] == "12 in 0 to 1, 15 in 2 to 3"
     where = program.edits["guides.0.perturb.0 identity"].where
     perturbed = Branch(prompt=1, role="perturbed")
     assert [b for b in branches(made, program) if where.branches(b)] == [perturbed]

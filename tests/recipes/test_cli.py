@@ -11,6 +11,9 @@ from probe.store import Run
 from tests import tiny
 from tests.recipes.line import FAST, TWO, main_ok, refused
 
+PASSES = 2 * 2 * (2 * 4 + 1 * 6) + 3 * 2 * (3 * 4)
+"""Two sharing steps fork in the last of three layers; the other three evaluate each of four segments once."""
+
 
 def test_a_story_leaves_a_whole_run_folder(recorded):
     run = Run(recorded)
@@ -62,13 +65,14 @@ def test_dry_run_writes_nothing(toy, tmp_path, capsys):
     assert facts["shared steps"] == "[0, 2)"
     assert facts["run folder without the video, at most"].endswith(" MB")
     assert facts["shared layers"] == "[2, 3)"
-    assert facts["clip forwards"] == 2 * 2 * 6 + 3 * 2 * 4
+    assert facts["layer passes"] == PASSES
+    assert facts["layer passes of the pair loop"] == "180, of which this is 0.71"
     words, mass = 2 * 6 / 60, (12 * 60 + 3 * 16 * 16) / 60**2
     assert facts["extra attention for readouts"] == f"{words + mass:.1%}"
 
 
-def test_predicted_clip_forwards_are_those_made(recorded):
-    assert Run(recorded).info["clip_forwards"] == 2 * 2 * 6 + 3 * 2 * 4
+def test_predicted_layer_passes_are_those_made(recorded):
+    assert Run(recorded).info["layer_passes"] == PASSES
 
 
 def test_check_is_green_on_a_sound_model_and_red_on_a_broken_one(toy, tmp_path, capsys):

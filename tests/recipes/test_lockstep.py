@@ -124,7 +124,7 @@ def test_a_guide_equals_the_same_program_by_hand(toy, tmp_path):
     expected = by_hand(toy, handlers, guides=(Guide(2.0, prompts=1),))
     assert torch.equal(latents_of(made), expected)
     assert not torch.equal(expected[1], by_hand(toy, handlers[:1])[1])
-    assert made.info["clip_forwards"] == 5 * STEPS
+    assert made.info["layer_passes"] == 3 * 5 * STEPS
     assert {role for _, role in made.segments} == {"plain"}
 
 
@@ -135,7 +135,7 @@ def test_latents_are_blended_and_renewed(toy, tmp_path):
     expected = by_hand(toy, latents=[blended], again=LowPass(0.5, 0.5))
     assert torch.equal(latents_of(made), expected)
     assert not torch.equal(expected, by_hand(toy, latents=[blended]))
-    assert made.info["clip_forwards"] == 4 * (STEPS + STEPS - 1)
+    assert made.info["layer_passes"] == 3 * 4 * (STEPS + STEPS - 1)
     assert made.steps == tuple(range(STEPS))
 
 
@@ -250,5 +250,5 @@ def test_a_dry_run_runs_nothing(toy, tmp_path, capsys, monkeypatch):
     main_ok(["run", written(tmp_path, toy, edits=[TAKE]), "--dry-run", "--format", "json"])
     told = json.loads(capsys.readouterr().out)
     assert told["prompts"] == [f"{name}: {text}" for name, text in PROMPTS.items()]
-    assert told["clip forwards of each step"] == "4 in 0 to 3"
+    assert told["layer passes of each step"] == "12 in 0 to 3"
     assert "steps 1 to 2, layers 0, 2, all heads, prompts target" in told["edits.0 transfer"]

@@ -74,7 +74,7 @@ def test_it_turns_smoothly(story):
 def test_what_was_recorded(story):
     assert story.status == "done"
     assert len(story.steps) == 25
-    assert story.info["clip_forwards"] < 300  # the pair loop's 4 (S - 1) per step
+    assert story.info["layer_passes"] / (25 * 12 * 6) == pytest.approx(1244 / 1800)  # of the pair loop
     for word in ("circle", "moving"):
         lift = story.word_map(word)
         assert lift.shape == (5, 8, 8)

@@ -12,7 +12,7 @@ from control.denoise import Lockstep, State, denoise
 from control.overlap import Windows
 from probe.errors import RecipeError, UsageError
 from probe.site import Branch
-from recipes.catalogue import branches, clip_forwards, interventions
+from recipes.catalogue import branches, interventions, layer_passes
 from recipes.job import prepare
 from recipes.language import parse
 from recipes.predict import predicted
@@ -83,7 +83,7 @@ def test_guides_and_edits_act_in_every_window_of_their_prompt(toy):
         *(Branch(one.prompt, one.segment, guided=False) for one in shown),
         Branch(1, 2, "perturbed"),
     }
-    assert clip_forwards(job, made) == [7] * STEPS
+    assert layer_passes(job, made) == [7 * 3] * STEPS
     (temper,) = made.edits["edits.0 temper"].handlers
     assert temper.where.rows(shown) == (0, 1)
 
@@ -92,7 +92,7 @@ def test_a_dry_run_tells_of_windows(toy):
     facts = predicted(prepare(recipe(toy, stride=2)))
     assert (facts["windows"], facts["latent frames"], facts["video frames"]) == (3, FRAMES, 21)
     assert facts["windows begin at"] == [0, 2, 3]
-    assert facts["clip forwards of each step"] == "6 in 0 to 3"
+    assert facts["layer passes of each step"] == "18 in 0 to 3"
     json.dumps(facts)
 
 
