@@ -17,8 +17,10 @@ from probe.plan import Handler, Plan, Stage
 def before_attention(call: AttentionCall, plan: Plan) -> None:
     """Stages 1 and 2. Sets `call.out` if the attention is already computed: the model's own kernel is then skipped."""
     handlers = plan.at(call.site)
-    _serve(call, plan, [h for h in handlers if h.stage == Stage.BEFORE])
-    edits = [h for h in handlers if h.stage == Stage.EDIT]
+    before, edits = ([h for h in handlers if h.stage == stage] for stage in (Stage.BEFORE, Stage.EDIT))
+    if any(h.needs_lse and call.rows_of(h.where) for h in before) and not any(call.rows_of(h.where) for h in edits):
+        call.run_with_lse()  # what is seen before edits is what is used
+    _serve(call, plan, before)
     _refuse_overlap(call, edits)
     _serve(call, plan, edits)
     if call.changes:

@@ -27,9 +27,9 @@ def pipe(request):
 class Both:
     """The method and its oracle for the same numbers."""
 
-    def __init__(self, pipe, prompts, transitions, overlap, window="scaled", repeats=()):
+    def __init__(self, pipe, prompts, transitions, overlap, window="scaled", repeats=(), variant="code"):
         self.loop = Loop(pipe, STEPS, seed=5, sampler="dpm")
-        self.segments = Segments(prompts, self.loop.clip_frames, overlap, transitions, repeats)
+        self.segments = Segments(prompts, self.loop.clip_frames, overlap, transitions, repeats, variant)
         self.window = Window.scaled(STEPS, 3) if window == "scaled" else window
         self.prompts = PROMPTS[:prompts]
         self.text = self.loop.encode(self.prompts)
@@ -47,6 +47,7 @@ class Both:
             self.window.layers if self.window else range(0),
             self.loop._rotary(self.segments.length),
             repeats,
+            interior=0.5 if variant == "paper" else 1.0,
         )
 
     def method(self, clock):
@@ -81,6 +82,18 @@ def test_each_prediction_equals_the_pair_loop(pipe, prompts, transitions, overla
         a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[step]].double()
         clean = a.sqrt() * x - (1 - a).sqrt() * v
         assert (clean - both.oracle.x0(x, step)).abs().max() < 1e-12 * v.abs().max()
+
+
+def test_a_longer_single_prompt_and_the_weights_of_the_paper_equal_the_pair_loop(pipe):
+    for both in (Both(pipe, 1, 2, 1, repeats=Segments.alone(2, 2)), Both(pipe, 2, 2, 2, variant="paper")):
+        assert both.segments.count == 4
+        x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+        outputs = both.run(lambda clock: [both.method(clock)(x, step) for step in (0, 4)])  # noqa: B023
+        for step, v in zip((0, 4), outputs, strict=True):
+            a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[step]].double()
+            assert (a.sqrt() * x - (1 - a).sqrt() * v - both.oracle.x0(x, step)).abs().max() < 1e-12 * v.abs().max()
+    doubled = replace(both.oracle, interior=1.0)
+    assert (doubled.x0(x, 0) - both.oracle.x0(x, 0)).abs().max() > 1e-6  # far above the 1e-12 of the comparison
 
 
 def test_the_sharing_matters(pipe):
@@ -158,6 +171,10 @@ def test_the_scaling_rule():
     assert Window.scaled(25, 6) == Window(range(1, 12), range(5, 6))
     assert Segments.scaled(2, 5).overlap == 3
     assert Segments.scaled(2, 5, transitions=1).overlap == 2
+    assert Window.scaled(50, 42).layers == range(35, 42)  # CogVideoX-5B
+    assert Window.scaled(50, 30, "paper") == Window(range(2, 26), range(25, 30))
+    assert (Segments.scaled(2, 13, variant="paper").overlap, Segments.scaled(2, 13).overlap) == (6, 9)
+    assert Segments.scaled(1, 13, 2, repeats=Segments.alone(5, 2)).frames == 61
 
 
 @pytest.mark.parametrize(
