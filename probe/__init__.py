@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from probe.readout.locality import Locality
     from probe.readout.mass import RegionMass
     from probe.readout.recovery import Recovery
+    from probe.readout.region_map import SpatialMap, TemporalMap, TextMap
     from probe.readout.saliency import OutputSaliency
     from probe.readout.settling import Settling
     from probe.readout.similarity import Similarity
@@ -74,7 +75,10 @@ __all__ = [
     "Sinks",
     "Site",
     "Sparsity",
+    "SpatialMap",
     "Stage",
+    "TemporalMap",
+    "TextMap",
     "TokenLayout",
     "TokenMass",
     "Tube",
@@ -109,6 +113,7 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "readout.kept": ["Blocks", "FrameWindow", "KeptMass", "Tube"],
         "readout.locality": ["Locality"],
         "readout.recovery": ["Recovery"],
+        "readout.region_map": ["SpatialMap", "TemporalMap", "TextMap"],
         "readout.saliency": ["OutputSaliency"],
         "readout.settling": ["Settling"],
         "readout.similarity": ["Similarity"],

@@ -3,6 +3,8 @@
 A lift of 1.0 is uniform attention. Each map (one layer, head and word) keeps its own range `lo` to `hi` of log2(lift).
 Code 0 says "below the floor" and comes back as exactly 0; codes 1 to 255 are evenly spaced from `lo` to `hi`. The error
 is half a code (`error_bound`): 1.9 % of the value where the range is 2**14, less where it is narrower.
+
+A probability is kept as a lift over `UNIT`: what is below 2**-23 (1.2e-7) is 0, the error at most 3.2 %.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from probe.errors import StoreError
 ENCODING = "uint8_log2_lift"
 FLOOR = 2.0**-7
 """Lift below which a map says nothing (1/128 of uniform); stored beside every map."""
+
+UNIT = 2.0**-16
+"""The probability that is kept as a lift of 1."""
 
 _TOP = 254.0  # number of code intervals between lo and hi
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from probe.errors import UsageError
 from probe.readout.base import Readout
+from probe.readout.region_map import RegionMap
 from probe.readout.word import WordMaps
 from probe.site import Branch
 from probe.word import Prompt
@@ -76,7 +77,8 @@ def gather(readouts: Sequence[Readout], step: int, branch: Branch) -> dict[str, 
     _refuse_layers(stacked, set(kinds))
     tables = {r.stored: r for r in stacked if r.stored in TABLES}
     metrics, info, others = _metrics(stacked, kinds)
-    others |= {name: kind for name, r in tables.items() if (kind := _other(r, stacked[r], kinds))}
+    regions = {r.stored: r for r in stacked if isinstance(r, RegionMap)}
+    others |= {name: kind for name, r in (tables | regions).items() if (kind := _other(r, stacked[r], kinds))}
     return {
         "layers": tuple(kinds),
         "kinds": tuple(kinds.values()),
@@ -85,6 +87,8 @@ def gather(readouts: Sequence[Readout], step: int, branch: Branch) -> dict[str, 
         "other_kinds": others,
         "qk": _kept(seen),
         **{n: _stack({at: r.table(value) for at, value in _main(stacked[r], kinds)}, kinds) for n, r in tables.items()},
+        "regions": {name: _whole(dict(_main(stacked[r], kinds)), kinds) for name, r in regions.items()},
+        "region_facts": {name: r.facts(r.layouts[branch]) for name, r in regions.items()},
         **_maps(stacked, branch, kinds),
     }
 
@@ -120,7 +124,9 @@ def _refuse_layers(stacked: Mapping[Readout, Found], layers: set[int]) -> None:
     """A layer may be missing only where it has no attention of a readout's kind; a map has nothing to show there."""
     asked = [readout.where.layers for readout in stacked]
     for readout, found in stacked.items():
-        if set(found) != layers and (readout.stored == "maps" or any(one != asked[0] for one in asked)):
+        if set(found) != layers and (
+            isinstance(readout, WordMaps | RegionMap) or any(one != asked[0] for one in asked)
+        ):
             raise UsageError(
                 "Readouts of one run must be recorded in the same layers. Got different ones: "
                 f"{', '.join(str(one) for one in stacked)}. Give them one where."
@@ -141,6 +147,11 @@ def _stack(rows: Mapping[int, NDArray[Any]], layers: Mapping[int, str]) -> NDArr
     """Rows by layer as one array [L, ...], NaN where a layer has none."""
     empty = np.full_like(next(iter(rows.values())), np.nan, np.float32)
     return np.stack([rows.get(layer, empty) for layer in layers])
+
+
+def _whole(rows: Mapping[int, NDArray[np.float32]], layers: Mapping[int, str]) -> NDArray[np.float32]:
+    """Rows by layer as one array [L, ...], where every layer has one."""
+    return np.stack([rows[layer] for layer in layers])
 
 
 def _metrics(

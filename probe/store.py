@@ -19,17 +19,17 @@ import numpy as np
 from probe import store_read as read
 from probe.errors import StoreError
 from probe.store_claim import refuse_taken
-from probe.store_contents import RunFolder
 from probe.store_index import Source, check, mean_over
 from probe.store_read import Place
 from probe.store_record import SegmentRecord
+from probe.store_region import RunRegions
 from probe.store_row import Patch, attention_row
 from probe.store_writer import RunWriter
 
 __all__ = ["Run", "RunWriter", "SegmentRecord", "list_runs", "refuse_taken"]
 
 
-class Run(RunFolder):
+class Run(RunRegions):
     """One run folder.
 
     In every reader, `step`, `layer` and `head` are numbers as the model counts them, and None is the mean over what was

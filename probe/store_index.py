@@ -14,7 +14,7 @@ from probe.folder import step_files, step_path
 from probe.store_read import Place, SegmentHead, StepHead, opens, read_head
 from probe.store_record import ROLES
 
-_THINGS = {"": "array", "maps": "map direction", "metrics": "metric"}
+_THINGS = {"": "array", "maps": "map direction", "regions": "region map", "metrics": "metric"}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _check_head(name: str, head: int | None, found: Iterable[SegmentHead]) -> No
     found = list(found)
     if head is None:
         return
-    if name.startswith("maps/") and any(segment.mean_heads for segment in found):
+    if any(segment.mean_heads(name) for segment in found):
         raise UsageError(
             f"head must be left out where maps hold the mean over heads. Got {head}. Record with heads='each'."
         )

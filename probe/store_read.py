@@ -18,13 +18,14 @@ import numpy as np
 from probe import codec
 from probe.errors import StoreError
 from probe.folder import SCHEMA
-from probe.store_record import DIRECTIONS
+from probe.store_record import DIRECTIONS, REGIONS
 from probe.store_step import JSON_MARK, STEP_FORMAT
 
 Place = tuple[int, str]
 """A segment and its role."""
 
-_ARRAYS = ("mass", "frames", "word_frames", "columns", "token_mass", *(f"maps/{one}" for one in DIRECTIONS))
+_CODED = (*(f"maps/{one}" for one in DIRECTIONS), *(f"regions/{one}" for one in REGIONS))
+_ARRAYS = ("mass", "frames", "word_frames", "columns", "token_mass", *_CODED)
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,23 @@ class SegmentHead:
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     heads: dict[str, int]
-    """Number of heads of each recorded array, by its name: mass, frames, maps/vt, metrics/entropy and so on."""
+    """Number of heads of each recorded array, by its name: mass, frames, maps/vt, regions/spatial, metrics/entropy and
+    so on.
+    """
     metrics: dict[str, str]
     """Definition of each metric, by its name; empty where none was given."""
     other_kinds: dict[str, str]
     """Attention of the arrays that do not read the layers' own, by name."""
     qk: dict[int, dict[str, str]]
     """Name of the group of each kept query and key, by layer and kind of attention."""
+    regions: dict[str, dict[str, Any]]
+    """What the writer said about each region map, by its name: heads, and the frame of the spatial one."""
 
-    @property
-    def mean_heads(self) -> bool:
-        """Whether the maps hold the mean over heads only."""
-        return self.attrs["heads"] == "mean"
+    def mean_heads(self, name: str) -> bool:
+        """Whether an array holds the mean over heads only."""
+        group, _, one = name.rpartition("/")
+        said = self.attrs if group == "maps" else self.regions[one] if group == "regions" else {}
+        return said.get("heads") == "mean"
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ def _read_segment(group: Any) -> SegmentHead:
         metrics={name: str(data.attrs.get("long_name", "")) for name, data in group.get("metrics", {}).items()},
         other_kinds={name: str(group[name].attrs["kind"]) for name in names if "kind" in group[name].attrs},
         qk=_read_qk(group.get("qk", {}), dict(zip(layers, kinds, strict=True))),
+        regions={one: read_attrs(group[f"regions/{one}"]) for one in REGIONS if f"regions/{one}" in names},
     )
 
 
@@ -123,6 +130,22 @@ def read_map(path: Path, place: Place, direction: str, layer: int | None, head: 
         maps = file[_group(place)]["maps"]
         codes, lo, hi = (maps[f"{direction}{part}"][at] for part in ("", "_lo", "_hi"))
     return codec.decode(codes, lo, hi).mean((0, 1), dtype=np.float64).astype(np.float32)
+
+
+def read_region(path: Path, place: Place, name: str, layer: int | None, head: int | None) -> np.ndarray:
+    """Return probabilities float64 [R, F, Y, X] of one region map, layer by layer; layer and head as in `read_map`.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    with _open(path) as file:
+        maps = file[_group(place)]["regions"]
+        layers = range(len(maps[name])) if layer is None else (layer,)
+        total = np.zeros(maps[name].shape[2:])
+        for at in layers:
+            coded = (maps[f"{name}{part}"][at, _along(head)] for part in ("", "_lo", "_hi"))
+            total += codec.decode(*coded).mean(0, dtype=np.float64)
+        return total * (maps[name].attrs["unit"] / len(layers))
 
 
 def read_array(path: Path, place: Place, name: str, at: Any = ...) -> np.ndarray:

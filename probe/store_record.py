@@ -1,7 +1,7 @@
 """What one step of one segment left behind, before it is written: a record whose shapes are checked once.
 
-Letters: L recorded layers, H heads, W words, F token frames, Y rows and X columns of patches, T text tokens, N tokens
-of the attention, D head width.
+Letters: L recorded layers, H heads, W words, R rows of a region map, F token frames, Y rows and X columns of patches,
+T text tokens, N tokens of the attention, D head width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from probe.site import KINDS
 
 ROLES = ("plain", "source", "target")
 DIRECTIONS = ("vt", "vt_text", "tv", "mean")
+REGIONS = ("text_text", "spatial", "temporal")
 TOKEN_FIELDS = ("text", "id", "word", "is_pad")
 
 
@@ -47,6 +48,10 @@ class SegmentRecord:
         metric_info: one line by name of a metric: what it is, its range and unit.
         columns: float [L, H, N], mean attention that each key receives, sums to 1; or None.
         token_mass: float [L, H, T], mean attention that the video rows give to each text token; or None.
+        regions: region maps by name, one of REGIONS: probabilities float [L, H, R, F, Y, X], stored in one byte
+            (`probe.codec`); see `probe.readout.region_map`.
+        region_facts: plain data by name of a region map: `heads`, "each" or "mean" (H is 1 then), and the `frame` of
+            the spatial one.
         qk: query and key, float [H, N, D] each, by layer, or by layer and kind; stored as float16, after
             normalisation and rotation.
 
@@ -70,6 +75,8 @@ class SegmentRecord:
     metric_info: Mapping[str, str] = field(default_factory=dict)
     columns: np.ndarray | None = None
     token_mass: np.ndarray | None = None
+    regions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    region_facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     qk: Mapping[int | tuple[int, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     other_kinds: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,6 +99,10 @@ class SegmentRecord:
             _check_shape(f"metric {name}", array, (count, None))
         for name in self.metric_info:
             _check_name("metric with a definition", name, tuple(self.metrics))
+        for name, array in self.regions.items():
+            _check_name("region map", name, REGIONS)
+            heads = 1 if self.region_facts.get(name, {}).get("heads") == "mean" else None
+            _check_shape(f"region map {name}", array, (count, heads, None, None, None, None))
         _check_shape("mass", self.mass, (count, None, 3, 4))
         _check_shape("word_frames", self.word_frames, (count, None, words, None))
         _check_shape("frames", self.frames, (count, None, None, None))

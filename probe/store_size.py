@@ -17,12 +17,13 @@ class Selection:
 
     Attributes:
         steps, layers, heads: how many are recorded; metrics, masses, columns and frames keep each head.
+        region_steps: how many steps have region maps.
         grid: token frames, rows and columns of patches of one segment.
         text: text tokens, padding included.
         words: words with maps.
-        map_heads: heads of the maps; 1 for their mean.
+        map_heads: heads of the maps, of region maps too; 1 for their mean.
         directions: 2 for vt and tv.
-        mass, word_frames, frames, columns, token_mass: whether they are kept.
+        mass, word_frames, frames, columns, token_mass, text_text, spatial, temporal: whether they are kept.
         metrics: number of metrics.
         qk: number of (step, layer) whose query and key are kept.
         width: head width of query and key.
@@ -43,6 +44,10 @@ class Selection:
     frames: bool = False
     columns: bool = False
     token_mass: bool = False
+    text_text: bool = False
+    spatial: bool = False
+    temporal: bool = False
+    region_steps: int = 0
     metrics: int = 0
     qk: int = 0
     width: int = 64
@@ -70,5 +75,17 @@ def predicted_bytes(selection: Selection) -> int:
     chunks = one.layers * one.map_heads * one.words
     maps = one.directions * (chunks * (CODE * video + _CHUNK + 8) + _MAPS) if chunks else 0
     segment = _SEGMENT + _TOKEN * one.text + floats + maps
+    kinds = one.text_text + one.spatial + one.temporal
+    regions = one.segments * (one.layers * one.map_heads * _region_bytes(one) + _MAPS * kinds)
     kept = 4 * one.heads * (one.text + video) * one.width + _TABLE
-    return round(one.steps * (_FILE + one.segments * segment) + one.qk * kept + _FILE + 4 * one.state)
+    steps = one.steps * (_FILE + one.segments * segment) + one.region_steps * regions
+    return round(steps + one.qk * kept + _FILE + 4 * one.state)
+
+
+def _region_bytes(one: Selection) -> float:
+    """Of the region maps of one layer and head: a byte per code, for rows are short and their codes even, and two
+    float32 per row.
+    """
+    frames, patches = one.grid[0], one.grid[1] * one.grid[2]
+    rows = {"text_text": (one.text, one.text), "spatial": (patches, patches), "temporal": (frames, frames * patches)}
+    return sum(looking * (seen + 8) + _CHUNK for name, (looking, seen) in rows.items() if getattr(one, name))

@@ -2,7 +2,8 @@
 
     attrs                   format, schema, step, and what the writer adds (timestep, sigma, model, dtype, backend)
     segments/<k>/<role>/    attrs; layers; kinds; words; tokens/*; mass; frames; word_frames; metrics/<name>; columns;
-                            token_mass; maps/{vt,vt_text,tv,mean}{,_lo,_hi}; qk/layer_15{,_self}/{q,k}
+                            token_mass; maps/{vt,vt_text,tv,mean}{,_lo,_hi}; qk/layer_15{,_self}/{q,k};
+                            regions/{text_text,spatial,temporal}{,_lo,_hi}
 
 An array whose attribute `kind` is set was read from that attention of the layers, not from the one in `kinds`.
 
@@ -37,6 +38,7 @@ _DIMS = {
     "token_mass": ("layer", "head", "text_token"),
     "metrics": ("layer", "head"),
     "maps": ("layer", "head", "word", "frame", "row", "column"),
+    "regions": ("layer", "head", "looking", "frame", "row", "column"),
 }
 
 
@@ -72,7 +74,12 @@ def _put_segment(group: h5py.Group, record: SegmentRecord) -> None:
     for name, array in _floats(record):
         put_attrs(_put_floats(group, name, array), _said(record, name.removeprefix("metrics/")))
     for direction, lift in record.maps.items():
-        _put_maps(group.require_group("maps"), direction, lift)
+        codes = _put_codes(group, f"maps/{direction}", lift, (1, 1, 1, *np.shape(lift)[3:]))
+        put_attrs(codes, {"units": "lift, 1 = uniform"})
+    for name, chance in record.regions.items():
+        codes = _put_codes(group, f"regions/{name}", chance, (1, 1, *np.shape(chance)[2:]), codec.UNIT)
+        put_attrs(codes, {"units": "probability / unit", "unit": codec.UNIT, **record.region_facts.get(name, {})})
+        put_attrs(codes, _said(record, name))
     _put_qk(group.require_group("qk") if record.qk else group, record)
 
 
@@ -114,19 +121,22 @@ def _put_floats(group: h5py.Group, name: str, array: np.ndarray) -> h5py.Dataset
     return data
 
 
-def _put_maps(group: h5py.Group, direction: str, lift: np.ndarray) -> None:
-    """Write codes layer by layer (one layer in memory), with one chunk per layer, head and word."""
-    shape = np.shape(lift)
-    options: dict[str, Any] = {"chunks": (1, 1, 1, *shape[3:]), **_GZIP} if np.size(lift) else {}
-    codes = group.create_dataset(direction, shape, np.uint8, **options)
-    edges = [group.create_dataset(f"{direction}_{edge}", shape[:3], np.float32) for edge in ("lo", "hi")]
+def _put_codes(
+    group: h5py.Group, name: str, values: np.ndarray, chunks: tuple[int, ...], unit: float = 1.0
+) -> h5py.Dataset:
+    """Write values / unit as codes, layer by layer (one layer in memory)."""
+    shape = np.shape(values)
+    options: dict[str, Any] = {"chunks": chunks, **_GZIP} if np.size(values) else {}
+    codes = group.create_dataset(name, shape, np.uint8, **options)
+    edges = [group.create_dataset(f"{name}_{edge}", shape[:3], np.float32) for edge in ("lo", "hi")]
     for layer in range(shape[0]):
-        codes[layer], *ranges = codec.encode(np.asarray(lift[layer]))
-        for edge, values in zip(edges, ranges, strict=True):
-            edge[layer] = values
-    put_attrs(codes, {"encoding": codec.ENCODING, "floor": codec.FLOOR, "units": "lift, 1 = uniform"})
+        codes[layer], *ranges = codec.encode(np.asarray(values[layer]) / np.float32(unit))
+        for edge, limits in zip(edges, ranges, strict=True):
+            edge[layer] = limits
+    put_attrs(codes, {"encoding": codec.ENCODING, "floor": codec.FLOOR})
     for data in (codes, *edges):
-        _label(data, "maps")
+        _label(data, name)
+    return codes
 
 
 def _half(array: np.ndarray, layer: int) -> np.ndarray:

@@ -155,6 +155,18 @@ def _heat(run: Run, picked: Picked, opacity: float = 0.9) -> tuple[film.Frames, 
     return frames[inside], film.overlay(frames, whole, opacity)[inside]
 
 
+def frames_of_segment(run: Run, segment: int, count: int) -> film.Frames:
+    """For each of the `count` token frames of a segment the pixel frame in its middle, uint8 [count, H, W, 3].
+
+    Raises:
+        UsageError: the run has no video.
+    """
+    frames, starts = _frames(run, segment), _starts(run)
+    tokens = film.frames_of_tokens(len(frames), max(starts.values()) + count) - starts[segment]
+    inside = [np.flatnonzero(tokens == token) for token in range(count)]
+    return frames[[found[len(found) // 2] for found in inside]]
+
+
 def _frames(run: Run, segment: int | None) -> film.Frames:
     """Pixel frames of the video, of that of one prompt where each has its own; of the GIF where no ffmpeg is
     installed.

@@ -23,7 +23,10 @@ LIGHT = (
     *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film", "measure", "contrast", "mask")),
     "recipes/language/*",
     "recipes/commands/*",
-    *(f"recipes/{name}.py" for name in ("cli", "scene", "heatmap", "maskfile", "export", "origin", "pair", "compare")),
+    *(
+        f"recipes/{name}.py"
+        for name in ("cli", "scene", "heatmap", "maskfile", "export", "origin", "pair", "compare", "figures")
+    ),
     "dashboards/*",
 )
 """Files that must be importable without torch."""

@@ -18,8 +18,16 @@ from probe.models.rope import Rope, by_axis
 
 
 def clip_frames(config: Mapping[str, Any]) -> int:
-    """Latent frames of one clip as the model was trained, from its transformer's configuration."""
-    return (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1
+    """Latent frames of one clip as the model was trained, from its transformer's configuration. Where a token frame is
+    several latent frames (1.5: 2) these are whole groups, the first of which `padding_frames` fill up.
+    """
+    return (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1 + padding_frames(config)
+
+
+def padding_frames(config: Mapping[str, Any]) -> int:
+    """Latent frames at the beginning that are denoised but not shown, as the stock pipeline leaves them out."""
+    shown = (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1
+    return -shown % (config.get("patch_size_t") or 1)
 
 
 def layout_of(config: Mapping[str, Any], frames: int, height: int, width: int, text: int) -> TokenLayout:

@@ -44,7 +44,8 @@ class Readout(Handler):
     Readouts see the conditional branches if `where` does not choose branches itself: the unconditional half of
     guidance shows another prompt. With `stage=Stage.BEFORE` they see the model's own tensors instead of the edited.
 
-    `stored` names the place of the values in a step file: maps, mass, frames, columns, token_mass, qk, or none.
+    `stored` names the place of the values in a step file: maps, mass, frames, columns, token_mass, text_text, spatial,
+    temporal, qk, or none.
     """
 
     where: Where = field(default_factory=Where)

@@ -68,7 +68,20 @@ def made(selection: Selection, segment: int, step: int, maps) -> SegmentRecord:
         metrics={f"metric {i}": rng.random(table) for i in range(s.metrics)},
         metric_info={f"metric {i}": "what it is, its range and its unit" for i in range(s.metrics)},
         qk={0: pair} if step < s.qk else {},
+        regions=regions(s, maps, rng) if step < s.region_steps else {},
     )
+
+
+def regions(selection: Selection, maps, rng) -> dict[str, np.ndarray]:
+    """Region maps of a record, as lift over 2**16."""
+    s, (frames, height, width) = selection, selection.grid
+    shapes = {
+        "text_text": (s.text, 1, 1, s.text),
+        "spatial": (height * width, 1, height, width),
+        "temporal": (frames, frames, height, width),
+    }
+    kept = {name: shape for name, shape in shapes.items() if getattr(s, name)}
+    return {name: maps(rng, (s.layers, s.map_heads, *shape)) / 2**16 for name, shape in kept.items()}
 
 
 def found_bytes(selection, folder, maps=white):
@@ -97,6 +110,19 @@ def test_the_prediction_is_what_white_noise_takes(tmp_path, changes):
     selection = replace(SMALL, **changes)
     share = found_bytes(selection, tmp_path / "run") / predicted_bytes(selection)
     assert 0.94 < share <= 1, share
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_text": True, "region_steps": 1},
+        {"spatial": True, "temporal": True, "region_steps": 1, "grid": (5, 10, 12), "map_heads": 3},
+        {"spatial": True, "temporal": True, "region_steps": 2, "segments": 2, "grid": (5, 10, 12), "words": 0},
+    ],
+)
+def test_region_maps_are_counted_as_a_byte_per_value(tmp_path, changes):
+    selection = replace(SMALL, **changes)
+    assert 0.88 < found_bytes(selection, tmp_path / "run") / predicted_bytes(selection) <= 1
 
 
 def test_a_prediction_for_a_toy_is_not_too_small(tmp_path):

@@ -58,6 +58,13 @@ def test_heat_of_a_segment_lies_on_its_own_frames(recorded):
     assert not changed[:, :128].any()
 
 
+def test_each_token_frame_of_a_segment_has_a_pixel_frame_of_its_own(recorded):
+    run = Run(recorded)
+    whole = np.asarray(iio.imread(run.video))
+    assert np.array_equal(heatmap.frames_of_segment(run, 3, 3), whole[[11, 15, 19]])
+    assert np.array_equal(heatmap.frames_of_segment(run, 0, 3), whole[[0, 3, 7]])
+
+
 def test_maps_without_ffmpeg_lie_on_the_gif(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr("probe.film.has_ffmpeg", lambda: False)
     main_ok(["maps", str(recorded), "--word", "dog", "--out", str(tmp_path / "dog.png")])
