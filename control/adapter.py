@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from control.schedule import refuse_frames, refuse_steps
+from control.schedule import refuse_steps
 from probe.errors import ModelError, UsageError
-from probe.models.cogvideox import clip_frames
+from probe.models.cogvideox import clip_frames, padding_frames
 
 SamplerName = Literal["model", "ddim", "dpm"]
 NoiseName = Literal["shared", "each"]
@@ -31,7 +31,7 @@ class Loop:
     Raises:
         UsageError: steps that the scheduler cannot take (it finds the previous timestep as t - 1000 // steps), or a
             seed out of range.
-        ModelError: a pipeline without a loop adapter, or a clip that is not whole groups of latent frames.
+        ModelError: a pipeline without a loop adapter.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Loop:
         self.pipe, self.steps, self.shared = pipe, steps, noise == "shared"
         self.scheduler = _scheduler(pipe, sampler)
         refuse_steps(steps, self.scheduler.config.num_train_timesteps)
-        refuse_frames(self.clip_frames, self.config.patch_size_t)
         if not 0 <= seed < SEED_LIMIT:
             raise UsageError(f"A seed must lie in 0 to 2^63 - 1. Got {seed}. Choose another.")
         self.scheduler.set_timesteps(steps, device=self.device)
@@ -110,11 +109,13 @@ class Loop:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Pixel frames [B, 4 (F - 1) + 1, H, W, 3].
+        """Pixel frames [B, 4 (F - 1) + 1, H, W, 3]; latent frames that only fill up the first token frame (1.5) are not
+        shown.
 
         The decoder takes an odd number of latent frames; for an even one the last is repeated and the surplus cut, so
         that none is lost.
         """
+        latents = latents[:, padding_frames(self.config) :]
         frames = latents.shape[1]
         if frames % 2 == 0:
             latents = torch.cat([latents, latents[:, -1:]], 1)

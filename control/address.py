@@ -46,6 +46,20 @@ class Rest(Found):
         return f"~{self.area}"
 
 
+class BothHalves(Found):
+    """The tokens of a region where the conditional half shows its words, in the unconditional half as well."""
+
+    def __init__(self, area: Region) -> None:
+        self.area = area
+
+    def inside(self, call: AttentionCall, entry: int, side: Side) -> Tensor:
+        """bool, one per row or column."""
+        return _looked_up(self.area, call, entry, side, _prompt(call, entry))
+
+    def __str__(self) -> str:
+        return f"{self.area} in both halves"
+
+
 Area = Region | Found
 Gate = Area | Tensor
 """Where a soft edit applies: an area, or a weight in [0, 1] for each row [N] or each video token [frames, h, w]."""
@@ -59,16 +73,11 @@ def inside(area: Area | None, call: AttentionCall, entry: int, side: Side = "row
         WordError: the prompt does not have the word.
         UsageError: a soft area where one with edges is needed.
     """
-    total = getattr(call, side).total
     if area is None:
-        return torch.ones(total, dtype=torch.bool, device=call.q.device)
+        return torch.ones(getattr(call, side).total, dtype=torch.bool, device=call.q.device)
     if isinstance(area, Region):
-        branch = call.branches[entry]
-        if not branch.guided:
-            prompt = Prompt.blank(call.layout.text)
-        else:
-            prompt = call.prompts[branch.nearest] if branch.nearest < len(call.prompts) else None
-        return _mask(area, call.sides(entry)[side == "columns"], prompt, total, call.q.device)
+        shown = _prompt(call, entry) if call.branches[entry].guided else Prompt.blank(call.layout.text)
+        return _looked_up(area, call, entry, side, shown)
     found = area.inside(call, entry, side)
     if found.dtype != torch.bool:
         raise UsageError(f"An area must be inside or outside. Got soft weights from {area}. Give it a threshold.")
@@ -105,6 +114,17 @@ def _on_video(flat: Tensor, rows: TokenLayout) -> Tensor:
     full = flat.new_zeros(rows.total)
     full[rows.video_slice] = flat
     return full
+
+
+def _prompt(call: AttentionCall, entry: int) -> Prompt | None:
+    """The prompt of an entry, None where the run was not told it."""
+    nearest = call.branches[entry].nearest
+    return call.prompts[nearest] if nearest < len(call.prompts) else None
+
+
+def _looked_up(area: Region, call: AttentionCall, entry: int, side: Side, prompt: Prompt | None) -> Tensor:
+    seen, total = call.sides(entry)[side == "columns"], getattr(call, side).total
+    return _mask(area, seen, prompt, total, call.q.device)
 
 
 @lru_cache(maxsize=512)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from probe.errors import ModelError, UsageError
+from probe.errors import UsageError
 
 
 def dynamic_guidance(timestep: int, steps: int, peak: float) -> float:
@@ -29,17 +29,4 @@ def refuse_steps(steps: int, train: int = 1000) -> None:
         raise UsageError(
             f"The number of steps must divide {train}, or the scheduler misses its last timestep. Got {steps}. Take "
             f"{nearest}."
-        )
-
-
-def refuse_frames(frames: int, patch: int | None) -> None:
-    """Token frames are groups of `patch` latent frames (CogVideoX-1.5: 2): a clip must be whole groups.
-
-    Raises:
-        ModelError: it is not.
-    """
-    if frames % (patch or 1):
-        raise ModelError(
-            f"A clip must be a multiple of {patch} latent frames for this model. Got {frames}. Recipes cannot run it "
-            "yet; use probe.trace, which runs the stock pipeline."
         )

@@ -1,7 +1,7 @@
 """DiTCtrl: tuning-free multi-prompt longer video generation (arXiv 2412.18597), as small parts on top of control.
 
     segments, window = ditctrl.Segments.scaled(prompts=2, length=13), ditctrl.Window.scaled(steps=50, layers=30)
-    traced = probe.trace(pipe, ditctrl.share_previous(segments, window))
+    traced = probe.trace(pipe, ditctrl.share_previous(segments, where=ditctrl.shared_where(window)))
     method = ditctrl.MultiPrompt(loop, segments, embeddings, negative, guidance, window, clock)
 
 Sources are given as file and lines of the authors' code (TencentARC/DiTCtrl at f1348b5, folder sat/): SV is

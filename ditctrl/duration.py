@@ -28,7 +28,8 @@ def shown(segments: Segments) -> list[tuple[float, float]]:
 
 
 def lasting(segments: Segments, frames: Sequence[float]) -> Segments:
-    """Segments in which each prompt is shown for about `frames` latent frames: rounded to whole segments, one at least.
+    """Segments in which each prompt is shown for about `frames` latent frames: rounded to whole segments, one at least
+    (two of a single prompt).
 
     Raises:
         UsageError: not one positive number for each prompt.
@@ -38,10 +39,11 @@ def lasting(segments: Segments, frames: Sequence[float]) -> Segments:
             f"Durations must be one positive number for each of the {segments.prompts} prompts. Got {list(frames)}. "
             "Leave them out for equal ones."
         )
-    once = replace(segments, repeats=(1,) * segments.prompts)
+    few = 1 if segments.prompts > 1 else 2
+    once = replace(segments, repeats=(few,) * segments.prompts)
     least = [stop - start for start, stop in shown(once)]
     more = [max(0, round((asked - own) / segments.stride)) for asked, own in zip(frames, least, strict=True)]
-    return replace(segments, repeats=tuple(1 + one for one in more))
+    return replace(segments, repeats=tuple(few + one for one in more))
 
 
 def timed(prompts: Sequence[str]) -> tuple[list[str], list[float] | None]:

@@ -1,10 +1,11 @@
-"""What words say where the object is: by pair of segments, with other words in other prompts. Numbers only, no torch."""
+"""What words say where the object is: by pair of segments, with other words in other prompts. No torch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ditctrl.segment import Segments
 from probe.errors import UsageError
@@ -110,5 +111,5 @@ def pairs(prompts: int, given: str | Sequence[str] | Sequence[Sequence[str]]) ->
         given = [given] * prompts
     if all(isinstance(one, str) for one in given):
         each = [str(one) for one in given]
-        return tuple(zip(each, each[1:], strict=False)) if len(each) > 1 else ((each[0], each[0]),)
+        return tuple(pairwise(each)) if len(each) > 1 else ((each[0], each[0]),)
     return tuple((one[0], one[1]) for one in given)

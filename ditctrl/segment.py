@@ -8,7 +8,6 @@ from typing import Literal
 
 from probe.errors import UsageError
 
-
 Variant = Literal["code", "paper"]
 """Where the authors' code and the paper's formulas differ, which one is followed."""
 
@@ -121,6 +120,10 @@ class Segments:
         j.
         """
         return self._shown[segment]
+
+    def own(self, prompt: int) -> int:
+        """The first segment that a prompt has to itself."""
+        return self._shown.index((prompt, 0.0))
 
     def multiplicity(self, segment: int) -> int:
         """How often a segment counts. In the code's pair loop interior ones do as a source and as a target, the first

@@ -22,13 +22,12 @@ from control.rotate import Rotate
 from control.scale import Scale, Temper
 from control.skip import Skip
 from control.sparsify import Sparsify
-from control.transfer import Transfer
 from control.variant import Edited
 from control.window import Band, Window
-from ditctrl.sharing import share_previous
-from probe.errors import MmditError, RecipeError, UsageError
+from probe.errors import MmditError, RecipeError
 from probe.plan import Handler
-from recipes.build_source import mapping_of, source_of
+from recipes.build_source import source_of
+from recipes.build_transfer import transfer
 from recipes.context import Context
 from recipes.language import operator as spec
 from recipes.language import registry
@@ -46,6 +45,8 @@ def build(edit: spec.Operation, context: Context) -> list[Handler]:
         RecipeError: its package cannot be loaded, or builds no handlers.
     """
     make = BUILDERS.get(edit.op, _of_package)
+    if getattr(edit, "source", None) != PREVIOUS:
+        edit = context.resolved(edit)
     if edit.places is not None:
         context.where(edit)  # refused by the name it has in the recipe
     context.refuse_early(edit)
@@ -68,37 +69,6 @@ def _of_package(edit: spec.Operation, context: Context) -> list[Handler]:
         f"The operator {edit.op} of {registry.origin(edit.op)} must build handlers. Got {got[:200]}. Mend that "
         "package, or uninstall it."
     )
-
-
-def _transfer(edit: spec.Transfer, context: Context) -> Sequence[Handler]:
-    if edit.source == PREVIOUS:
-        return _previous(edit, context)
-    if edit.positions == "target":
-        context.refuse_unrotated()
-    source = source_of(edit.source, edit.tensors, edit, context)
-    mapping = mapping_of(edit.mapping, context.layout.grid)
-    gate = context.area(edit.gate)
-    positions = edit.positions
-    return [
-        Transfer(tensors, source, gate=gate, mapping=mapping, positions=positions, **context.address(edit))
-        for tensors in _apart(edit.tensors)
-    ]
-
-
-def _apart(tensors: str) -> list[str]:
-    """The output is transferred by itself."""
-    return [part for part in (tensors.replace("o", ""), "o" if "o" in tensors else "") if part]
-
-
-def _previous(edit: spec.Transfer, context: Context) -> Sequence[Handler]:
-    """DiTCtrl's KV sharing, inside its window: the branches and their sources are its own."""
-    if context.segments is None or context.window is None:
-        return []
-    if edit.prompts is not None or edit.guidance != "both":
-        raise UsageError("A transfer from previous_segment must be for all prompts and both halves. Leave them out.")
-    address = context.address(edit.model_copy(update={"steps": None, "layers": None}))
-    heads, gate = address.pop("where").heads, context.area(edit.gate)
-    return [share_previous(context.segments, context.window, edit.tensors, heads=heads, gate=gate, **address)]
 
 
 def _bias(edit: spec.Bias, context: Context) -> Sequence[Handler]:
@@ -224,7 +194,7 @@ def _skip(edit: spec.Skip, context: Context) -> Sequence[Handler]:
 
 
 BUILDERS: Mapping[str, Build] = {
-    "transfer": _transfer,
+    "transfer": transfer,
     "bias": _bias,
     "table": _table,
     "lamic": _lamic,

@@ -33,7 +33,17 @@ def interventions(job: Job) -> Program:
     """
     size = job.size
     made = program(
-        Context(job.recipe, job.steps, size.layers, size.heads, size.layout, size.rope, job.segments, job.window)
+        Context(
+            job.recipe,
+            job.steps,
+            size.layers,
+            size.heads,
+            size.layout,
+            size.rope,
+            job.segments,
+            job.window,
+            job.chunks.device,
+        )
     )
     runs = [_at_step(job, made, step) for step in range(job.steps)]
     check(made, lambda handlers: plan_of(job, handlers), runs, size.heads)
@@ -60,7 +70,9 @@ def _at_step(job: Job, made: Program, step: int) -> list[Branch]:
 
 
 def _conditional(job: Job, made: Program, step: int) -> list[Branch]:
-    """The conditional branches of a step, perturbed passes among them."""
+    """The conditional branches of a step, perturbed passes among them; none before the first that is made."""
+    if step < job.first_step:
+        return []
     if job.segments is not None:
         return sharing.branches(job.segments, job.window, step)
     plain = job.cut.shown if job.cut else tuple(Branch(prompt=i) for i in range(len(job.recipe.texts)))
@@ -71,9 +83,8 @@ def layer_passes(job: Job, made: Program) -> list[int]:
     """Evaluations of one layer for one clip in each step, both guidance halves and perturbed passes."""
     layers = job.size.layers
     if job.segments is not None:
-        return sharing.layer_passes(job.segments, job.window, job.steps, layers)
-    own = clips_of(job) if job.guidance > 1 else 0
-    return [_times(made, step) * layers * (own + len(_conditional(job, made, step))) for step in range(job.steps)]
+        return sharing.layer_passes(job.segments, job.window, job.steps, layers, job.chunks)
+    return [_times(made, step) * layers * len(_at_step(job, made, step)) for step in range(job.steps)]
 
 
 def clips_of(job: Job) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probe.errors import MmditError
-from recipes.commands import console, heads, read
+from recipes.commands import console, evaluate, figures, heads, read, sweep
 from recipes.commands.bench import app as bench_app
 from recipes.commands.library import Sets
 from recipes.commands.library import app as recipes_app
 from recipes.commands.read import Format
 from recipes.commands.studies import app as study_app
+from recipes.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from recipes.language.recipe import Recipe
@@ -36,6 +36,16 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an earlier run in 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="miniature, a pipeline folder or a hub id.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep idle parts of the model on the CPU.")]
+PerBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--segments-per-batch", min=1, help="Segments of a story in one forward, all by default: less memory."
+    ),
+]
+Neighbours = Annotated[
+    str,
+    typer.Option(help="What a batch takes from the last segment before it: keep, offload (to the CPU) or recompute."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes and predicted cost, and stop.")]
 
 
@@ -48,14 +58,16 @@ def run(
     out: Out = None,
     device: Device = None,
     offload: Offload = False,
+    segments_per_batch: PerBatch = None,
+    neighbours: Neighbours = "keep",
     dry_run: DryRun = False,
     force: Force = False,
     format: Format = "text",
 ) -> None:
     """Run a recipe: generate the video, keep its attention."""
     values: dict[str, Any] = {"prompts": prompt} if prompt else {}
-    made = _recipe(recipe, sets, values, model)
-    _generate(made, out, force, dry_run, device, offload, format)
+    made, computed = _recipe(recipe, sets, values, model), (device, offload, segments_per_batch, neighbours)
+    _generate(made, out, force, dry_run, computed, format)
 
 
 @app.command()
@@ -75,7 +87,7 @@ def record(
     chosen = [word.strip() for word in words.split(",") if word.strip()]
     sets = [*(sets or []), *([f"record.words={console.as_yaml_list(chosen)}"] if chosen else [])]
     made = _recipe("record", sets, {"prompts": [prompt]}, model)
-    _generate(made, out, force, dry_run, device, offload, format)
+    _generate(made, out, force, dry_run, (device, offload), format)
 
 
 def _recipe(name: str, sets: list[str] | None, values: dict[str, Any], model: str | None) -> Recipe:
@@ -84,19 +96,21 @@ def _recipe(name: str, sets: list[str] | None, values: dict[str, Any], model: st
     return parse.load(name, sets or (), values | ({"model": model} if model else {}))
 
 
-def _generate(
-    recipe: Recipe, out: Path | None, force: bool, dry: bool, device: str | None, offload: bool, format: str
-) -> None:
-    _quiet_libraries()
+def _generate(recipe: Recipe, out: Path | None, force: bool, dry: bool, computed: tuple[Any, ...], format: str) -> None:
+    """Make a run of a recipe, or with `dry` only say what it will be; `computed` is how, as `recipes.run.placed` takes
+    it.
+    """
+    quiet_libraries()
+    from recipes.run import default_folder, execute, placed
+
+    where = placed(*computed)
     if dry:
         from recipes.job import prepare
         from recipes.predict import predicted
 
-        console.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe)), format)
+        console.facts(f"{recipe.name}: nothing was run", predicted(prepare(recipe, where.chunks)), format)
         return
-    from recipes.run import Place, default_folder, execute
-
-    done = execute(recipe, out or default_folder(recipe), force, format == "json", Place(device, offload))
+    done = execute(recipe, out or default_folder(recipe), force, format == "json", where)
     console.facts("done", console.outcome(done), format)
 
 
@@ -105,16 +119,28 @@ def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was interrupted or failed.")],
     device: Device = None,
     offload: Offload = False,
+    segments_per_batch: PerBatch = None,
+    neighbours: Neighbours = "keep",
     format: Format = "text",
 ) -> None:
     """Go on with a stopped run; the video equals an undisturbed run's."""
-    _quiet_libraries()
-    from recipes.run import Place, go_on
+    quiet_libraries()
+    from recipes.run import go_on, placed
 
-    console.facts("done", console.outcome(go_on(folder, format == "json", Place(device, offload))), format)
+    where = placed(device, offload, segments_per_batch, neighbours)
+    console.facts("done", console.outcome(go_on(folder, format == "json", where)), format)
 
 
-for one in (read.maps, read.mask, read.diff, heads.heads, heads.search):
+for one in (
+    read.maps,
+    figures.figures,
+    read.mask,
+    read.diff,
+    heads.heads,
+    heads.search,
+    evaluate.evaluate,
+    sweep.sweep,
+):
     app.command()(one)
 
 
@@ -127,7 +153,7 @@ def check(
     format: Format = "text",
 ) -> None:
     """Prove that this model's attention is read and rewritten exactly; exit 1 if not."""
-    _quiet_libraries()
+    quiet_libraries()
     from recipes.checkup import examine
 
     findings = examine(model, device)
@@ -142,17 +168,6 @@ def doctor(format: Format = "text") -> None:
     from recipes.doctor import examine
 
     console.facts("doctor", examine(), format)
-
-
-def _quiet_libraries() -> None:
-    """No loading bars or hints from the model libraries: a run has its own. Before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C

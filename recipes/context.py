@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from control.address import Area
+from control.address import Area, BothHalves
 from control.extract import ExtractMask
 from control.sink import Sinks
 from control.strength import strength_at
@@ -41,8 +41,8 @@ from recipes.language.span import Only, Span, chosen
 @dataclass(frozen=True)
 class Context:
     """The recipe, the model and the number of steps. `place` is where in the recipe a builder is, for errors; `role`
-    the perturbed pass it is for, None outside of guides. `extra` takes further handlers that edits need, each once:
-    masks and banks.
+    the perturbed pass it is for, None outside of guides. `lent_on` is the device of what segments lend to a later
+    forward. `extra` takes further handlers that edits need, each once: masks and banks.
     """
 
     recipe: Recipe
@@ -53,6 +53,7 @@ class Context:
     rope: bool
     segments: Segments | None = None
     window: Window | None = None
+    lent_on: str | None = None
     place: str = "edits"
     role: str | None = None
     extra: list[Handler] = field(default_factory=list)
@@ -96,6 +97,12 @@ class Context:
             branches=None if branches == Branches() else branches,
             kinds=None if edit.kinds is None else frozenset(edit.kinds),
         )
+
+    def resolved(self, edit: Operation) -> Operation:
+        """With DiTCtrl's own steps and layers in place of "auto"."""
+        window = Window.scaled(self.steps, self.layers)
+        auto = {key: (span.start, span.stop) for key, span in vars(window).items() if getattr(edit, key) == "auto"}
+        return edit.model_copy(update=auto) if auto else edit
 
     def acting(self, edit: Operation) -> tuple[int, ...]:
         """The steps at which an edit changes anything: its own, without those of strength 0."""
@@ -158,7 +165,8 @@ class Context:
         if isinstance(area, str):
             return PLAIN[area]() if area in PLAIN else self.mask(area)
         if isinstance(area, spec.Words):
-            return region.words(*area.phrases)
+            words = region.words(*area.phrases)
+            return BothHalves(words) if area.both_halves else words
         if isinstance(area, spec.Sinks):
             heads = self.span(area.sinks.heads, self.heads, "heads")
             return Sinks(area.sinks.threshold, area.sinks.tokens, heads)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from control.schedule import dynamic_guidance, refuse_steps
-from ditctrl.duration import lasting
 from ditctrl.segment import Segments
-from ditctrl.sharing import Window
+from ditctrl.sharing import Chunks, Window
 from probe.errors import UsageError
 from probe.models.family import Family
 from probe.models.load import card, checkpoints_of
@@ -16,17 +15,20 @@ from probe.show import MAIN
 from probe.site import Branch, Where
 from probe.store_record import ROLES
 from recipes.cut import Cut, cut_of
-from recipes.language.operator import Transfer
+from recipes.given import Given, given_of
 from recipes.language.part import Auto
 from recipes.language.recipe import Recipe
-from recipes.language.source import PREVIOUS
-from recipes.language.span import Span, chosen
-from recipes.size import Clip, Size, call_defaults, size_of
+from recipes.size import Size, call_defaults, pixels_of, size_of
+from recipes.story import range_of, segments_of, window_of
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and its numbers. `segments`, `window` and `cut` are None where the recipe has none."""
+    """A recipe and its numbers. `segments`, `window` and `cut` are None where the recipe has none; `chunks` says how
+    segments are spread over forwards; `given` is the video that is edited, if there is one. Where the segments are
+    isolated clips, `connected` are those that they are compared with: a clip starts from the noise of its prompt's
+    first segment there (SV:450-531).
+    """
 
     recipe: Recipe
     size: Size
@@ -35,6 +37,14 @@ class Job:
     segments: Segments | None
     window: Window | None
     cut: Cut | None = None
+    chunks: Chunks = field(default_factory=Chunks)
+    connected: Segments | None = None
+    given: Given | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is made; later than 0 where a given video is edited."""
+        return self.given.step if self.given else 0
 
     @property
     def frames(self) -> int:
@@ -56,7 +66,12 @@ class Job:
     @property
     def pixel_frames(self) -> int | None:
         """Frames of the video; None where the stock pipeline makes it."""
-        return self.size.clip.compression * (self.frames - 1) + 1 if self.size.clip else None
+        clip = self.size.clip
+        if clip is None:
+            return None
+        if self.connected is not None:
+            return self.connected.prompts * clip.pixel_frames(clip.frames)
+        return clip.pixel_frames(self.frames)
 
     def scale(self, timestep: int) -> float:
         """The guidance scale at a training timestep."""
@@ -73,6 +88,7 @@ class Job:
             "windows begin at": list(self.cut.starts) if self.cut else None,
             "shared steps": half_open(self.window.steps) if self.window else None,
             "shared layers": half_open(self.window.layers) if self.window else None,
+            "video": str(self.given) if self.given else None,
         }
 
     def record_where(self) -> Where:
@@ -86,6 +102,24 @@ class Job:
             branches=Unperturbed(),
         )
 
+    def region_where(self) -> Where:
+        """The calls whose region maps are recorded: the recorded ones in their middle step, or in other steps."""
+        record, where = self.recipe.record, self.record_where()
+        if record is None:
+            return where
+        if record.region_steps != "auto":
+            return replace(where, steps=_span(record.region_steps, self.steps, "record.region_steps", "steps"))
+        recorded = _span(record.steps, self.steps, "record.steps", "steps")
+        return replace(where, steps=(recorded[len(recorded) // 2],))
+
+    def region_frame(self) -> int | None:
+        """The token frame of the spatial map; None is the middle one."""
+        frame = self.recipe.record.region_frame if self.recipe.record else "auto"
+        if frame == "auto":
+            return None
+        self.size.layout.frame_slice(frame)  # refuses one that is not there
+        return frame
+
 
 @dataclass(frozen=True)
 class Unperturbed:
@@ -95,7 +129,7 @@ class Unperturbed:
         return branch.guided and branch.role in ROLES
 
 
-def prepare(recipe: Recipe) -> Job:
+def prepare(recipe: Recipe, chunks: Chunks | None = None) -> Job:
     """Resolve a recipe against its model's configuration.
 
     Raises:
@@ -114,29 +148,16 @@ def prepare(recipe: Recipe) -> Job:
         job = Job(recipe, size, steps, guidance, None, None)
     else:
         _refuse_call(recipe, family)
-        segments, cut = _segments(recipe, size.clip), cut_of(recipe, size.clip.frames)
-        job = Job(recipe, size, steps, guidance, segments, _window(recipe, steps, size), cut)
+        segments, connected = segments_of(recipe, size.clip)
+        window, cut = window_of(recipe, steps, size.layers), cut_of(recipe, size.clip.frames)
+        job = Job(recipe, size, steps, guidance, segments, window, cut, chunks or Chunks(), connected)
         refuse_steps(job.steps)
-    job.record_where()
+        if recipe.video is not None:
+            shape = pixels_of(checkpoint.model, config, size.clip)
+            job = replace(job, given=given_of(recipe.video, recipe.prompt_names, shape, steps))
+    job.region_where()
+    job.region_frame()
     return job
-
-
-def _segments(recipe: Recipe, clip: Clip) -> Segments | None:
-    if recipe.segments is None:
-        return None
-    overlap = None if recipe.segments.overlap == "auto" else recipe.segments.overlap
-    for name, given in (("guides", recipe.guides), ("latents", recipe.latents)):
-        if given:
-            raise UsageError(
-                f"A recipe with segments must have no {name}: the segments share one long latent. Got {len(given)}. "
-                "Leave one of the two out."
-            )
-    asked = recipe.segments
-    made = Segments.scaled(len(recipe.prompts), clip.frames, asked.transitions, overlap).middle(asked.middle)
-    if asked.durations is None:
-        return made
-    unit = recipe.output.fps if asked.unit == "seconds" else 1
-    return lasting(made, [duration * unit / clip.compression for duration in asked.durations])
 
 
 def _refuse_names(recipe: Recipe) -> None:
@@ -152,6 +173,7 @@ def _refuse_more_than_stock(recipe: Recipe, family: Family) -> None:
         "windows": recipe.windows is not None,
         "guides": bool(recipe.guides),
         "latents": bool(recipe.latents),
+        "video": recipe.video is not None,
         f"scheduler {sampler.scheduler}": sampler.scheduler != "model",
         "dynamic guidance": sampler.dynamic,
         f"negative {sampler.negative}": sampler.negative != "empty",
@@ -181,34 +203,6 @@ def _number(value: float | Auto, auto: float) -> float:
     return auto if value == "auto" else value
 
 
-def _window(recipe: Recipe, steps: int, size: Size) -> Window | None:
-    """Where segments share; None without sharing, or where its window is empty."""
-    shared = [
-        (number, edit)
-        for number, edit in enumerate(recipe.edits)
-        if isinstance(edit, Transfer) and edit.source == PREVIOUS
-    ]
-    if not shared:
-        return None
-    if len(shared) > 1:
-        raise UsageError(f"A recipe must have one transfer from previous_segment. Got {len(shared)}. Join them.")
-    number, edit = shared[0]
-    auto = Window.scaled(steps, size.layers)
-    window = Window(
-        auto.steps if edit.steps == "auto" else _range(edit.steps, steps, f"edits.{number}.steps", "steps"),
-        auto.layers if edit.layers == "auto" else _range(edit.layers, size.layers, f"edits.{number}.layers", "layers"),
-    )
-    return window if window.steps and window.layers else None
-
-
-def _range(span: Span, n: int, name: str, what: str) -> range:
-    """A span without gaps."""
-    found = chosen(span, n, name, what)
-    if found[-1] - found[0] >= len(found):
-        raise UsageError(f"{name} must be one range for previous_segment. Got {list(found)}. Write [start, stop).")
-    return range(found[0], found[-1] + 1)
-
-
 def _span(bounds: tuple[int, int] | Auto, n: int, name: str, what: str) -> range:
     """A half-open interval."""
-    return range(n) if bounds == "auto" else _range(bounds, n, name, what)
+    return range(n) if bounds == "auto" else range_of(bounds, n, name, what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +14,21 @@ import torch
 
 from control.adapter import Loop
 from control.denoise import Lockstep, Prediction, State, denoise
+from control.invert import Follow, Trajectory
+from control.latent import LatentEdit
 from control.noise import renew
 from control.overlap import Windows
 from ditctrl.method import MultiPrompt
 from probe.clock import Clock
 from probe.errors import MmditError
+from probe.film import Frames
 from probe.provenance import provenance
 from probe.readout.base import Readout
 from probe.show import MAIN, Clip
 from probe.tracer import Traced, trace
 from probe.word import Prompt
 from recipes.catalogue import readouts
+from recipes.inverted import inverted, reconstruction, refuse_skipped
 from recipes.job import Job
 from recipes.program import Program
 from recipes.told import told
@@ -54,10 +58,40 @@ class Loaded:
             "sampler": {"class": type(scheduler).__name__, **_plain(dict(scheduler.config))},
         }
 
+    @cached_property
+    def inverted(self) -> Trajectory | None:
+        """The way of a given video to the first step, in float32; None without one."""
+        video = self.job.recipe.video
+        if video is None or self.job.given is None:
+            return None
+        return inverted(self.loop, self.job.given, self._told, video.iterations)
+
+    def reconstruction(self) -> dict[str, Any]:
+        """For run.json: how near inversion comes to a given video."""
+        if self.job.given is None or self.inverted is None:
+            return {}
+        return {"reconstruction": reconstruction(self.loop, self.job.given, self._told, self.inverted)}
+
+    @property
+    def _told(self) -> torch.Tensor:
+        """The text [1, T, E] of the prompt that tells a given video."""
+        prompt = self.job.given.prompt if self.job.given else 0
+        return self.text[prompt : prompt + 1]
+
     def start(self) -> State:
-        """Pure noise; the stock loop keeps latents in the text's dtype, DiTCtrl in float32."""
-        dtype = torch.float32 if self.job.segments else self.text.dtype
-        return State.start(self.loop, 1 if self.job.joined else len(self.text), self.job.frames, dtype)
+        """Pure noise, or the noise of a given video for all prompts; the stock loop keeps latents in the text's dtype,
+        DiTCtrl and videos in float32.
+        """
+        job, way = self.job, self.inverted
+        if way is not None:
+            latents = way.at(way.start).expand(len(self.text), -1, -1, -1, -1)
+            return State(way.start, latents, None, self.loop.generator.get_state())
+        dtype = torch.float32 if job.segments else self.text.dtype
+        if job.connected is None:
+            return State.start(self.loop, 1 if job.joined else len(self.text), job.frames, dtype)
+        state, places = State.start(self.loop, 1, job.connected.frames, dtype), job.connected
+        clips = [state.latents[:, places.window(places.own(prompt))] for prompt in range(places.prompts)]
+        return replace(state, latents=torch.cat(clips, 1))
 
     def predict(self, clock: Clock) -> Prediction:
         """The recipe's prediction of a step."""
@@ -65,7 +99,7 @@ class Loaded:
         zeros = job.recipe.sampler.negative == "zeros"
         negative = torch.zeros_like(text[:1]) if zeros else self.loop.encode([""])
         if job.segments is not None:
-            return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock)
+            return MultiPrompt(self.loop, job.segments, text, negative, job.scale, job.window, clock, job.chunks)
         cut = job.cut
         text = text if cut is None else text[list(cut.prompts)]
         halves = negative.expand_as(text) if job.guidance > 1 else None
@@ -75,9 +109,10 @@ class Loaded:
     def drive(self, clock: Clock, state: State, on_step: Callable[[State], None]) -> State:
         """The loop from a state to the last step, repeated where the recipe says so."""
         predict, again, noise = self.predict(clock), self.made.again, state
+        edits = (*self._follow(), *self.made.latents)
 
         def denoised(start: State) -> State:
-            return denoise(self.loop, predict, start, on_step, self.made.latents, self.prompts)
+            return denoise(self.loop, predict, start, on_step, edits, self.prompts)
 
         state = denoised(state)
         for _ in range(again.times if again else 0):
@@ -85,9 +120,21 @@ class Loaded:
             state = denoised(renew(self.loop, noise, state, again.low_pass, again.step))
         return state
 
+    def _follow(self) -> tuple[LatentEdit, ...]:
+        """What keeps the prompt of a given video on its way."""
+        given, video = self.job.given, self.job.recipe.video
+        if given is None or video is None or self.inverted is None or not video.follow:
+            return ()
+        return (Follow(self.inverted, given.prompt),)
+
     def clips(self, state: State) -> list[Clip]:
         """The videos, decoded one by one."""
-        return [Clip(name, text, self.loop.decode(latents)[0]) for name, text, latents in self.parts(state)]
+        return [Clip(name, text, self.decode(latents)) for name, text, latents in self.parts(state)]
+
+    def decode(self, latents: torch.Tensor) -> Frames:
+        """Pixel frames of a video [1, F, C, H, W]; isolated clips are decoded one by one."""
+        clips = latents.split(self.job.size.clip.frames, 1) if self.job.connected and self.job.size.clip else [latents]
+        return np.concatenate([self.loop.decode(clip)[0] for clip in clips])
 
     def parts(self, state: State) -> list[tuple[str, str, torch.Tensor]]:
         """Name, text and latents [1, F, C, H, W] of each video."""
@@ -110,6 +157,8 @@ def opened(job: Job, made: Program, load: Callable[[], Any]) -> Loaded:
     looks = readouts(job)
     traced = trace(loop.pipe, *made.handlers, *looks)
     prompts = traced.tokenize(texts)
+    if job.given is not None:
+        refuse_skipped(traced.handlers, job.given, job.steps)
     traced.plan(job.steps, prompts)  # refuses what cannot work before a folder is made
     return Loaded(job, made, loop, traced, looks, prompts, loop.encode(texts), began)
 
@@ -121,8 +170,8 @@ def out_of_memory() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MmditError(
-            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Try --offload, or fewer "
-            "prompts or transition segments."
+            f"The run must fit into the memory of the GPU. Got: {str(error).split('.')[0]}. Try --offload, "
+            "--segments-per-batch 1 in a story, or fewer prompts."
         ) from error
 
 

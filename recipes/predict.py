@@ -60,10 +60,9 @@ def _against(job: Job, passes: int) -> str:
 def _shown(job: Job) -> list[str]:
     """From when to when each prompt of segments is shown, in seconds, and what was asked for."""
     assert job.segments
-    assert job.size.clip
     assert job.recipe.segments
     fps, asked = job.recipe.output.fps, job.recipe.segments.durations
-    second = job.segments.pixel_frames(job.size.clip.compression) / job.segments.frames / fps
+    second = (job.pixel_frames or 0) / job.segments.frames / fps
     spans = [(start * second, stop * second) for start, stop in shown(job.segments)]
     told = [
         f"{name}: {start:.1f} to {stop:.1f} s"
@@ -132,7 +131,7 @@ def _example(job: Job, handlers: Sequence[Handler]) -> str:
     plan = plan_of(job, handlers)
     meets = [
         (sum(_at(handler.where, job, step, layer) for handler in handlers), -step, -layer)
-        for step in range(job.steps)
+        for step in range(job.first_step, job.steps)
         for layer in range(job.size.layers)
     ]
     _, step, layer = max(meets)

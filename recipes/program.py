@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 
 from control.address import Area
+from control.bank import Bank
 from control.extract import ExtractMask
 from control.guide import Guide, passes
 from control.latent import Blend, LatentEdit
@@ -63,7 +64,7 @@ class Program:
         """What outlives a step beside the latents, in words; a run with any of it cannot go on once it stopped."""
         kinds = {"masks of its own attention": ExtractMask, "the reuse of attention": Reuse}
         held = [name for name, kind in kinds.items() if any(isinstance(one, kind) for one in self.handlers)]
-        held += ["tensors of earlier steps"] if any(not isinstance(one, ExtractMask) for one in self.shared) else []
+        held += ["tensors of earlier steps"] if any(isinstance(one, Bank) for one in self.shared) else []
         return " and ".join([*held, *(["noise that is renewed"] if self.again else [])])
 
 
@@ -92,7 +93,7 @@ def _change(edit: Operation, context: Context) -> Change:
     where = (
         Where(branches=Branches(role="target"), heads=context.span(edit.heads, context.heads, "heads"))
         if shares
-        else context.where(edit)
+        else context.where(context.resolved(edit))
     )
     return Change(made, where)
 

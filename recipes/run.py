@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from control.denoise import State
+from ditctrl.sharing import Chunks
 from probe.errors import MmditError, StoreError, UsageError
+from probe.folder import save_file
 from probe.models.load import load
 from probe.provenance import where_from
 from probe.recorder import Recorder, refuse_overflow
@@ -37,10 +39,27 @@ def default_folder(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model computes: `device` None is CUDA if there is one; `offload` keeps idle parts on the CPU."""
+    """Where a model computes: `device` None is CUDA if there is one; `offload` keeps idle parts on the CPU. `pipe` is
+    the recipe's model, loaded before; None loads it. `chunks` says how the segments of a story are spread over
+    forwards.
+    """
 
     device: str | None = None
     offload: bool = False
+    pipe: Any = None
+    chunks: Chunks = field(default_factory=Chunks)
+
+
+def placed(device: str | None, offload: bool, segments: int | None = None, neighbours: str = "keep") -> Place:
+    """A place as the command line says it.
+
+    Raises:
+        UsageError: an unknown way to treat neighbours.
+    """
+    if neighbours not in ("keep", "offload", "recompute"):
+        raise UsageError(f"--neighbours must be keep, offload or recompute. Got {neighbours!r}. Choose one.")
+    lent_on = "cpu" if neighbours == "offload" else None
+    return Place(device, offload, chunks=Chunks(segments, lent_on, neighbours == "recompute"))
 
 
 def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False, place: Place | None = None) -> Run:
@@ -49,17 +68,25 @@ def execute(recipe: Recipe, out: Path, force: bool = False, quiet: bool = False,
     Raises:
         MmditError: with one sentence; finished steps stay readable, and run.json says failed or interrupted.
     """
-    job = prepare(recipe)
+    place = place or Place()
+    job = prepare(recipe, place.chunks)
     made = interventions(job)
     refuse_taken(out, force)
     if job.size.clip is None:
         with _interrupted(out, "Start the recipe again.", _started(out)), out_of_memory():
-            run = stock.execute(job, made, _load(job, place or Place()), out, force, quiet)
+            run = stock.execute(job, made, _load(job, place), out, force, quiet)
             kept.write(made, out)
             return run
-    loaded = opened(job, made, lambda: _load(job, place or Place()))
-    writer = RunWriter.create(out, loaded.info, loaded.info["recipe_text"], force)
-    return _carry_out(loaded, writer, loaded.start(), quiet)
+    loaded = opened(job, made, lambda: _load(job, place))
+    with out_of_memory():
+        start, told = (
+            loaded.start(),
+            loaded.info | loaded.reconstruction(),
+        )  # a video is inverted before a folder is made
+    writer = RunWriter.create(out, told, told["recipe_text"], force)
+    if job.given is not None and recipe.video is not None:
+        save_file(out / recipe.video.beside, job.given.data)
+    return _carry_out(loaded, writer, start, quiet)
 
 
 def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
@@ -71,15 +98,18 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
             was made by other software, on another device or with another model.
     """
     run = Run(folder)
-    job = prepare(resume.recipe_of(run))
+    place = place or Place()
+    job = prepare(resume.recipe_of(run), place.chunks)
     made = interventions(job)
     resume.refuse_carried(run, made.carries)
-    loaded = opened(job, made, lambda: _load(job, place or Place()))
+    loaded = opened(job, made, lambda: _load(job, place))
     state = resume.state_of(run, loaded.info, loaded.start())
     return _carry_out(loaded, RunWriter.reopen(folder), state, quiet)
 
 
 def _load(job: Job, place: Place) -> Any:
+    if place.pipe is not None:
+        return place.pipe
     return load(job.recipe.model, device=place.device, offload=place.offload)
 
 

@@ -7,19 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from control.schedule import refuse_frames
+from probe.errors import ModelError
 from probe.layout import TokenLayout
-from probe.models.cogvideox import COGVIDEOX, clip_frames
+from probe.models.cogvideox import COGVIDEOX, clip_frames, padding_frames
 from probe.models.family import Family
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame."""
+    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame, and
+    the latent frames that are not shown (`padding_frames`).
+    """
 
     frames: int
     compression: int
     latent_values: int
+    padding: int = 0
+
+    def pixel_frames(self, frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+        return self.compression * (frames - self.padding - 1) + 1
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,37 @@ def call_defaults(family: Family) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
 
 
+def pixels_of(model: str, config: Mapping[str, Any], clip: Clip) -> tuple[int, int, int]:
+    """Frames, rows and columns of a clip of a CogVideoX pipeline in pixels; its autoencoder's configuration is read.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from diffusers import AutoencoderKLCogVideoX
+
+    try:
+        vae: Any = AutoencoderKLCogVideoX.load_config(model, subfolder="vae")
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"A model that edits a video must have an autoencoder. Got {model} without a readable vae/config.json. "
+            "Name a whole pipeline."
+        ) from error
+    if clip.padding:
+        raise ModelError(
+            f"A model that edits a video must show every frame it denoises. Got {model}, which leaves out "
+            f"{clip.padding}. Take CogVideoX 1.0."
+        )
+    return clip.pixel_frames(clip.frames), config["sample_height"] * scale, config["sample_width"] * scale
+
+
 def size_of(family: Family, config: Mapping[str, Any], call: Mapping[str, Any]) -> Size:
     """From a model's configuration and the arguments of its pipeline's call."""
     clip = None
     if family is COGVIDEOX:
         frames = clip_frames(config)
-        refuse_frames(frames, config.get("patch_size_t"))
         values = config["in_channels"] * config["sample_height"] * config["sample_width"]
-        clip = Clip(frames, config.get("temporal_compression_ratio", 4), values)
+        clip = Clip(frames, config.get("temporal_compression_ratio", 4), values, padding_frames(config))
     layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers"))
     heads, width = config["num_attention_heads"], config["attention_head_dim"]
     rotates = family.rope is not Family.rope and config.get("use_rotary_positional_embeddings", True)

@@ -34,7 +34,7 @@ class Clips(Mapping[str, Clip]):
         latents = self.latents[name]
         key = sha256(latents.float().cpu().numpy().tobytes()).digest()
         if key not in self._kept:
-            self._kept[key] = self._decode(latents)[0]
+            self._kept[key] = self._decode(latents)
         return self._kept[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -92,7 +92,7 @@ class Studio:
         loaded = opened(job, made, lambda: self._pipe(recipe.model))
         start = loaded.start()
         state = loaded.traced.run(lambda clock: loaded.drive(clock, start, lambda _: None), recipe.texts)
-        clips = Clips({name: latents for name, _, latents in loaded.parts(state)}, loaded.loop.decode, self._decoded)
+        clips = Clips({name: latents for name, _, latents in loaded.parts(state)}, loaded.decode, self._decoded)
         return Made(clips, dict(zip(recipe.prompt_names, recipe.texts, strict=True)), masks_of(made), _numbers(loaded))
 
     def _pipe(self, model: str) -> Any:

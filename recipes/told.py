@@ -8,11 +8,12 @@ from typing import Any
 from probe.show import Show
 from recipes.job import Job
 from recipes.language import parse
+from recipes.language.recipe import Recipe
 
 
 def told(job: Job) -> dict[str, Any]:
     """For run.json: the whole recipe as it ran, its fingerprint, and what readers look for."""
-    recipe, text = job.recipe, parse.dump(job.recipe)
+    recipe, text = job.recipe, text_of(job.recipe)
     several = {"names": list(recipe.prompt_names), "shown": list(_shown(job))} if _several(job) else {}
     return {
         "recipe": sha256(text.encode()).hexdigest()[:16],
@@ -24,11 +25,19 @@ def told(job: Job) -> dict[str, Any]:
     }
 
 
+def text_of(recipe: Recipe) -> str:
+    """A recipe as the folder of its run holds it, beside a copy of the video that it edits."""
+    if recipe.video is not None:
+        held = recipe.video.model_copy(update={"file": recipe.video.beside})
+        recipe = recipe.model_copy(update={"video": held})
+    return parse.dump(recipe)
+
+
 def show(job: Job) -> Show:
     """For the videos: the recipe lies in every one of them."""
     recipe, several = job.recipe, _several(job)
     title = recipe.name if several else ", then ".join(recipe.texts)
-    return Show(recipe.output.fps, _shown(job) if several else (), title, parse.dump(recipe))
+    return Show(recipe.output.fps, _shown(job) if several else (), title, text_of(recipe))
 
 
 def _several(job: Job) -> bool:

@@ -34,7 +34,9 @@ def methods(size: str, device: str, dtype: torch.dtype) -> tuple[str, list[Metho
 
     The miniature has its own weights; any other is a CogVideoX of LAYERS random layers.
     """
-    model = load(MINIATURE, device=device).transformer if size == MINIATURE else _random(shape_of(size), device, dtype)
+    model = (
+        load(MINIATURE, device=device).transformer if size == MINIATURE else random_model(shape_of(size), device, dtype)
+    )
     bench = _Forward(model)
     light = lambda: (WordMaps(*WORDS), RegionMass())  # noqa: E731
     heavy = lambda: (*light(), FrameMass(), TokenMass(), Entropy(), ColumnMass(), Sparsity())  # noqa: E731
@@ -96,7 +98,7 @@ class _Forward:
         return Method("forward", name, run, False, target, error)
 
 
-def _random(shape: Shape, device: str, dtype: torch.dtype) -> Any:
+def random_model(shape: Shape, device: str, dtype: torch.dtype, layers: int = LAYERS) -> Any:
     """A CogVideoX transformer with random weights whose own clip has the grid of `shape`."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -104,7 +106,7 @@ def _random(shape: Shape, device: str, dtype: torch.dtype) -> Any:
     model: Any = CogVideoXTransformer3DModel(
         num_attention_heads=shape.heads,
         attention_head_dim=shape.width,
-        num_layers=LAYERS,
+        num_layers=layers,
         text_embed_dim=64,
         sample_width=2 * shape.grid.width,
         sample_height=2 * shape.grid.height,
@@ -112,4 +114,4 @@ def _random(shape: Shape, device: str, dtype: torch.dtype) -> Any:
         max_text_seq_length=shape.text,
         use_rotary_positional_embeddings=False,
     )
-    return model.eval().to(device=device, dtype=dtype)
+    return model.eval().to(device).to(dtype)

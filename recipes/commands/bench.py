@@ -1,4 +1,4 @@
-"""`mmdit bench`: what looking and rewriting cost, in ratios to doing nothing."""
+"""`mmdit bench`: what looking, rewriting and stories cost, in ratios to doing nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes.commands.read import Format
 if TYPE_CHECKING:
     from recipes.benches.timing import Method
 
-app = typer.Typer(help="Timings side by side with plain attention: attention, rewrite, record.", no_args_is_help=True)
+app = typer.Typer(help="Timings side by side: attention, rewrite, record, ditctrl.", no_args_is_help=True)
 
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; CUDA if there is one by default.")]
 Dtype = Annotated[
@@ -78,6 +78,54 @@ def rewrite(
     shape = shape_of(size)
     place, kind = place_of(device, dtype)
     _print(f"{size}: 2 x {shape}", Bench(shape, place, kind).methods(), place, kind, rounds, threads, format)
+
+
+@app.command()
+def ditctrl(
+    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-2b or -5b, with random weights.")] = "small",
+    layers: Annotated[int, typer.Option(min=2, help="Layers of the model; CogVideoX-2B has 30.")] = 6,
+    prompts: Annotated[int, typer.Option(min=2, max=10, help="Stories of 2, 3, 5 and 10 prompts, up to this.")] = 3,
+    segments_per_batch: Annotated[int | None, typer.Option(min=1, help="Segments in one forward; all.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    rounds: Rounds = 2,
+    threads: Threads = 1,
+    format: Format = "text",
+) -> None:
+    """A story beside clips of its prompts and beside the authors' schedule: layer passes, time, memory."""
+    from ditctrl.sharing import Chunks
+    from probe.models.place import place_of
+    from recipes.benches import timing
+    from recipes.benches.attention import shape_of
+    from recipes.benches.ditctrl import Bench, cases
+
+    shape, (place, kind) = shape_of(size), place_of(device, dtype)
+    bench = Bench(shape, layers, place, kind, Chunks(segments_per_batch))
+    with timing.threads(threads):
+        found = [row for case in cases(shape.grid.frames, layers, prompts) for row in bench.measured(case, rounds)]
+        header = timing.header(place, kind)
+    if format == "json":
+        console.data({"size": f"{size}: {layers} layers, {shape}", "on": header, "ways": found})
+        return
+    note = "A run of 50 steps. pairs: the authors' schedule; +mask: mask-guided. extra MB: of the largest step."
+    console.table(f"{size}: {layers} layers, {shape}\n{header}\n{note}", [_way(row) for row in found])
+
+
+def _way(row: dict[str, Any]) -> dict[str, str]:
+    """One line of the table."""
+    difference = row["difference"]
+    return {
+        "prompts": str(row["prompts"]),
+        "frames": str(row["latent frames"]),
+        "way": row["way"],
+        "passes": f"{row['passes']:.0f}",
+        "/ pairs": f"{row['passes / pairs']:.2f}",
+        "time / pairs": f"{row['time / pairs']:.2f}",
+        "time / clips": f"{row['time / clips']:.2f}",
+        "ms / frame": f"{1e3 * row['seconds a latent frame']:.0f}",
+        "extra MB": f"{row['extra bytes'] / 1e6:.0f}",
+        "difference": "" if difference is None else f"{difference:.0e}",
+    }
 
 
 def _print(title: str, methods: list[Method], device: str, dtype: Any, rounds: int, threads: int, format: str) -> None:

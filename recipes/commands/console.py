@@ -79,9 +79,15 @@ def outcome(run: Run) -> dict[str, Any]:
         "contact sheet": str(run.path / "contact.png"),
         "steps": f"{len(run.steps)} files in {run.path / 'steps'}",
         "words": list(run.words) or None,
+        "reconstruction": _decibels(info.get("reconstruction")),
         "seconds": info.get("seconds"),
         "next": f"mmdit maps {run.path}" if run.words else None,
     }
+
+
+def _decibels(near: Mapping[str, float] | None) -> str | None:
+    """How near a given video comes back."""
+    return None if near is None else "autoencoder {autoencoder:.1f} dB, inversion {inversion:.1f} dB".format(**near)
 
 
 def contents(run: Run) -> dict[str, Any]:

@@ -32,7 +32,9 @@ class _Phrases(Part):
 
 
 class Words(_Phrases):
-    """The text tokens of words of the prompt; none in the unconditional half."""
+    """The text tokens of words of the prompt; none in the unconditional half, unless it takes the same places there."""
+
+    both_halves: bool = Field(default=False, description="the same places in the unconditional half as well")
 
 
 class Frames(Part):

@@ -43,7 +43,9 @@ def needs(recipe: Recipe) -> tuple[str, ...]:
     plain = type(sampler)(steps=sampler.steps, guidance=sampler.guidance, seed=sampler.seed, noise=sampler.noise)
     moved = (part for _, part in parts(recipe, Rotate | Transfer))
     told = {
-        "loop": bool(recipe.segments or recipe.windows or recipe.guides or recipe.latents or sampler != plain),
+        "loop": bool(
+            recipe.segments or recipe.windows or recipe.guides or recipe.latents or recipe.video or sampler != plain
+        ),
         "RoPE": any(isinstance(part, Rotate) or part.positions == "target" for part in moved),
         "two prompts": len(recipe.texts) > 1,
     }
@@ -72,6 +74,7 @@ class _Check:
         for path, words in parts(recipe.latents, Words, ("latents",)):
             _fail(path, "must be an area of the video", _list(words.phrases), "Name a mask of the words.")
         self._recorded()
+        self._given()
         self._windowed()
 
     def _names(self) -> None:
@@ -103,13 +106,32 @@ class _Check:
                 self._refuse_absent(path, (*mask.phrases, *mask.rivals), asked)
         for path, edit, prompts in self._edits():
             for inner, words in parts(edit, Words, path):
-                if edit.guidance == "unconditional":
+                if edit.guidance == "unconditional" and not words.both_halves:
                     must = "must be no words for the unconditional half, which shows none"
                     _fail(inner, must, _list(words.phrases), "Write guidance: conditional.")
                 asked = prompts
                 if isinstance(edit, Extend) and isinstance(edit.source, str) and inner[len(path)] == "columns":
                     asked = [edit.source]
                 self._refuse_absent(inner, words.phrases, asked)
+
+        for path, edit in parts(self.recipe, Transfer):
+            if edit.objects is not None:
+                self._objects((*path, "objects"), edit)
+
+    def _objects(self, path: Path, edit: Transfer) -> None:
+        """How the prompts call an object: each phrase is in its prompt."""
+        names, given = self.recipe.prompt_names, edit.objects
+        turns = max(1, len(names) - 1)
+        each = [given] * len(names) if isinstance(given, str) else given or []
+        paired = [one for one in each if not isinstance(one, str)]
+        if paired and edit.source != PREVIOUS:
+            _fail(path, "must be one phrase for each prompt", given, "Pairs are for the turns between segments.")
+        if (paired and len(paired) < len(each)) or len(each) != (turns if paired else len(names)):
+            must = f"must be one phrase, one for each of {len(names)} prompts, or one pair for each of {turns} turns"
+            _fail(path, must, given, "Name the object in each.")
+        for number, one in enumerate(each):
+            for name, phrase in zip(names[number:], [one] if isinstance(one, str) else one, strict=False):
+                self._refuse_absent(path, (phrase,), [name])
 
     def _refuse_absent(self, path: Path, phrases: Collection[str], prompts: Collection[str]) -> None:
         for name in prompts:
@@ -176,6 +198,22 @@ class _Check:
         for path, name in _marked(self.recipe, PROMPT):
             if path[-1] in ("source", "from", "to"):
                 _fail(path, "must not be another prompt in a recipe with windows", name, "Leave the windows out.")
+
+    def _given(self) -> None:
+        """A given video is one clip, and starts from its own noise, which only DDIM keeps."""
+        recipe = self.recipe
+        if recipe.video is None:
+            return
+        for name, longer in (("segments", recipe.segments), ("windows", recipe.windows)):
+            if longer is not None:
+                _fail(("video",), f"must be without {name}", "both", "Leave one of the two out.")
+        if recipe.sampler.scheduler != "ddim":
+            must, got = "must be ddim with a video, which no other inverts", recipe.sampler.scheduler
+            _fail(("sampler", "scheduler"), must, got, "Write sampler: {scheduler: ddim}.")
+        for number, edit in enumerate(recipe.latents):
+            if not isinstance(edit, Blend):
+                must = "must be a blend with a video, which does not start from new noise"
+                _fail(("latents", number, "op"), must, edit.op, "Leave it out, or the video.")
 
     def _edits(self) -> Iterator[tuple[Path, Operation, Collection[str]]]:
         """The operators, and the prompts they act on: their own, or those of what they stand in."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, Tag, model_validator
 
 from recipes.language.area import Area
 from recipes.language.operation import Operation
-from recipes.language.part import Count, Number, Part, PromptName, Share
+from recipes.language.part import Count, Number, Part, PromptName, Share, Text, by_form
 from recipes.language.source import PREVIOUS, Rows, Source
 from recipes.language.span import AutoSpan
 
@@ -21,14 +21,41 @@ def _each_once(tensors: str) -> str:
     return tensors
 
 
+Phrases = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[Text, Tag("text")] | Annotated[tuple[Text, Text], Tag("pair")],
+                by_form("must be a phrase, or two of them", {str: "text", list: "pair", tuple: "pair"}, {}),
+            ]
+        ],
+        Tag("list"),
+    ],
+    by_form(
+        "must be a phrase, a list with one for each prompt, or a list of pairs, one for each turn",
+        {str: "text", list: "list", tuple: "list"},
+        {},
+    ),
+]
+
+
 class Transfer(Operation):
     """Rows take tensors of a source: with kv, keys and values are shared (MasaCtrl, DiTCtrl); with qk the map goes
     over (2504.10317); with qkv the content as well (ConsistEdit).
     """
 
     op: Literal["transfer"] = "transfer"
-    steps: AutoSpan = Field(default=None, description="null: all; auto: those of DiTCtrl, with previous_segment")
-    layers: AutoSpan = Field(default=None, description="null: all; auto: those of DiTCtrl, with previous_segment")
+    steps: AutoSpan = Field(default=None, description="null: all; auto: those of DiTCtrl")
+    layers: AutoSpan = Field(default=None, description="null: all; auto: those of DiTCtrl")
+    objects: Phrases | None = Field(
+        default=None,
+        description="how the prompts call an object: it looks at the source's object alone, the rest at the rest "
+        "(DiTCtrl's mask-guided sharing)",
+    )
+    threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.3, description="of the map of objects, each frame of it brought to 0 to 1"
+    )
     tensors: Annotated[str, AfterValidator(_each_once)] = Field(
         default="kv", description="which of q, k, v, o, each once"
     )
@@ -45,12 +72,15 @@ class Transfer(Operation):
             raise ValueError("must be for all prompts and both halves with previous_segment")
         if self.source == PREVIOUS and self.places is not None:
             raise ValueError("must have heads in place of places with previous_segment, whose layers are DiTCtrl's")
+        moved = self.mapping is not None
         unused = {"mapping": self.mapping, "positions": self.positions == "target", "kinds": self.kinds}
         for name, given in unused.items():
             if self.source == PREVIOUS and given not in (None, False):
                 raise ValueError(f"must have no {name} with previous_segment")
-        if self.source != PREVIOUS and "auto" in (self.steps, self.layers):
-            raise ValueError("must have auto steps or layers with previous_segment only")
+        if self.objects is not None and (not isinstance(self.source, str) or self.tensors != "kv" or moved):
+            raise ValueError("must have objects with kv of a prompt or of previous_segment, without a mapping")
+        if "objects" not in self.model_fields_set and "threshold" in self.model_fields_set:
+            raise ValueError("must have a threshold for objects only")
         return self
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from recipes.language.area import Area
 from recipes.language.operation import Operation
-from recipes.language.part import Count, Part, Share
+from recipes.language.part import Count, Number, Part, Share
 
 
 def _below_infinity(value: float) -> float:
@@ -99,7 +99,7 @@ class Reweight(Operation):
 
     op: Literal["reweight"] = "reweight"
     columns: Area = Field(description="tokens that are looked at")
-    factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="1: as it was; 0: none")
+    factor: Number = Field(description="1: as it was; 0: none; below 0 (raw alone): its values are taken away")
     mode: Literal["raw", "renormalised", "redistributed"] = Field(
         default="renormalised", description="what becomes of the other columns"
     )
@@ -109,6 +109,8 @@ class Reweight(Operation):
     def _to(self) -> Self:
         if self.to is not None and self.mode != "redistributed":
             raise ValueError("must have mode redistributed where it says to")
+        if self.factor < 0 and self.mode != "raw":
+            raise ValueError("must have a factor of 0 or more, or mode raw")
         return self
 
 

@@ -35,6 +35,11 @@ def applied(tree: Tree, overrides: Sequence[str]) -> Tree:
     return tree
 
 
+def typed(tree: Tree) -> bool:
+    """Whether a value was given with `--set`."""
+    return tree.origin.name.startswith("--set ")
+
+
 def _without_lines(tree: Tree) -> Any:
     """A command line has none."""
     return Tree.of(tree.plain, tree.origin).value

@@ -18,6 +18,7 @@ from recipes.language.parse_error import error_of
 from recipes.language.parse_tree import Origin, Tree
 from recipes.language.recipe import Recipe
 from recipes.language.variable import escaped, filled
+from recipes.language.videofile import located
 
 __all__ = ["dump", "find", "load", "names", "text_of", "validate"]
 
@@ -27,7 +28,7 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
 
     `overrides` are "key=value" texts with dotted keys (`sampler.steps=50`; `steps=50` for short), `values` whole
     top-level values; a list of prompts takes the names that the recipe gives them. Includes come first, then overrides
-    and values, then variables; mask files are read last.
+    and values, then variables; mask files are read and videos looked for last.
 
     Raises:
         RecipeError: not YAML, an unknown key, a wrong type or value, a path out of its folder.
@@ -35,7 +36,7 @@ def load(recipe: str, overrides: Sequence[str] = (), values: Mapping[str, Any] |
     path = find(recipe)
     tree = applied(tree_of(path), overrides)
     given = {key: _beside(tree.get(key), Tree.of(value, tree.origin)) for key, value in (values or {}).items()}
-    return _recipe(kept(filled(Tree({**tree.value, **given}, tree.origin, tree.line))))
+    return _recipe(located(kept(filled(Tree({**tree.value, **given}, tree.origin, tree.line)))))
 
 
 def _beside(old: Tree | None, new: Tree) -> Tree:
@@ -56,7 +57,7 @@ def validate(data: Mapping[str, Any], origin: str) -> Recipe:
     Raises:
         RecipeError: one sentence for the first thing that is wrong.
     """
-    return _recipe(kept(filled(Tree.of(data, Origin(origin)))))
+    return _recipe(located(kept(filled(Tree.of(data, Origin(origin))))))
 
 
 def dump(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from recipes.language.guide import Guide, LatentEdit
 from recipes.language.operator import Edit
 from recipes.language.part import Auto, Count, HalfOpen, Name, Part, PromptName, Text, by_form
 from recipes.language.timed import without_times
+from recipes.language.video import Video
 
 
 class Sampler(Part):
@@ -41,11 +42,22 @@ class Sampler(Part):
 class Segments(Part):
     """DiTCtrl: a longer latent, cut into overlapping segments that each show one prompt or a mix of two."""
 
-    transitions: int = Field(default=2, ge=0, description="interpolated segments between two prompts")
+    variant: Literal["code", "paper"] = Field(
+        default="code", description="which is followed where the authors' code and paper differ"
+    )
+    transitions: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="interpolated segments between two prompts; auto: 2, of the paper 1"
+    )
     overlap: Annotated[int, Field(ge=0)] | Auto = Field(
         default="auto", description="latent frames shared with the next"
     )
     middle: int = Field(default=0, ge=0, description="further segments of every prompt but the first and the last")
+    times: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="of a single prompt: as if it stood so often among the prompts"
+    )
+    isolated: bool = Field(
+        default=False, description="a clip of each prompt by itself, one after the other: what DiTCtrl is compared with"
+    )
     durations: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
         default=None,
         description='how long each prompt is shown, rounded to whole segments; or begin prompts with "[0:00-0:03]"',
@@ -54,8 +66,8 @@ class Segments(Part):
 
     @model_validator(mode="after")
     def _one_length(self) -> Segments:
-        if self.middle and self.durations:
-            raise ValueError("must have either middle or durations")
+        if sum(map(bool, (self.middle, self.durations, self.times, self.isolated))) > 1:
+            raise ValueError("must have one of middle, times, durations and isolated")
         return self
 
 
@@ -75,7 +87,19 @@ class Windows(Part):
 
 
 Look = Literal[
-    "frames", "tokens", "entropy", "lse", "columns", "sinks", "sparsity", "locality", "similarity", "settling"
+    "frames",
+    "tokens",
+    "entropy",
+    "lse",
+    "columns",
+    "sinks",
+    "sparsity",
+    "locality",
+    "similarity",
+    "settling",
+    "text_text",
+    "spatial",
+    "temporal",
 ]
 Place = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
 
@@ -91,9 +115,15 @@ class Record(Part):
     )
     layers: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
     steps: HalfOpen | Auto = Field(default="auto", description="half-open; auto: all")
-    heads: Literal["mean", "each"] = Field(default="mean", description="mean: word maps over all heads; each: per head")
+    heads: Literal["mean", "each"] = Field(default="mean", description="mean: maps over all heads; each: per head")
     mass: bool = Field(default=True, description="region masses as well")
     readouts: list[Look] = Field(default_factory=list, description="further readouts, each once")
+    region_steps: HalfOpen | Auto = Field(
+        default="auto", description="half-open; of text_text, spatial and temporal; auto: the middle one"
+    )
+    region_frame: Annotated[int, Field(ge=0)] | Auto = Field(
+        default="auto", description="token frame of the spatial map; auto: the middle one"
+    )
     masks: list[Name] = Field(
         default_factory=list, description="word masks that are found and kept though no edit may use them"
     )
@@ -147,6 +177,7 @@ class Recipe(Part):
     masks: dict[Name, Mask] = Field(default_factory=dict, description="sets of video tokens by name, for areas")
     segments: Segments | None = Field(default=None, description="one prompt after the other in a longer video")
     windows: Windows | None = Field(default=None, description="a longer video in overlapping windows")
+    video: Video | None = Field(default=None, description="a given video that is edited, by DDIM inversion")
     edits: list[Edit] = Field(default_factory=list, description="operators, changes of the attention")
     guides: list[Guide] = Field(default_factory=list, description="guidance by perturbed passes")
     latents: list[LatentEdit] = Field(default_factory=list, description="changes of the latents")

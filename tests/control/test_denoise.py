@@ -11,6 +11,7 @@ from control.schedule import dynamic_guidance
 from probe.errors import UsageError
 from probe.site import Branch
 from tests import tiny
+from tests.toys import cogvideox
 
 CLASSES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
@@ -136,3 +137,15 @@ def test_the_noise_schedule_of_2b(pipe):
     alphas = Loop(pipe, 50, 0).scheduler.alphas_cumprod.double().sqrt()
     for timestep, value in {999: 0, 979: 0.005215, 959: 0.010913, 939: 0.017117, 19: 0.972920}.items():
         assert alphas[timestep].item() == pytest.approx(value, abs=2e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_a_model_with_two_latent_frames_per_token_frame_equals_the_stock_pipeline(sampler):
+    pipe = cogvideox.pipeline(rotary=True, patch_size_t=2)
+    pipe.scheduler = CLASSES[sampler].from_config(pipe.scheduler.config)
+    loop, state = ours(pipe, sampler)
+    assert state.latents.shape[1] == loop.clip_frames == 4  # three, and one that fills up the first token frame
+    assert torch.equal(state.latents, tiny.latents(pipe))
+    frames = tiny.latents(pipe, output_type="np")
+    assert frames.shape[1] == 9
+    assert (loop.decode(state.latents) == (frames * 255).round().astype("uint8")).all()

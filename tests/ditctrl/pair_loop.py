@@ -75,7 +75,7 @@ class PairLoop:
     def forward(self, x: Tensor, text: Tensor, t: int, step: int, pair: int) -> Tensor:
         """[u_k, u_k+1, c_k, c_k+1]; in the window the second and fourth read keys and values of the first and third."""
         seen: list[Tensor] = []
-        grid = self.length * (x.shape[-1] // 2) * (x.shape[-2] // 2)
+        grid = self.length // (self.model.config.patch_size_t or 1) * (x.shape[-1] // 2) * (x.shape[-2] // 2)
         calls = JointCalls(len(self.model.transformer_blocks), text.shape[1] + grid)
 
         def shared(plain, q, k, v, **rest):
@@ -117,7 +117,7 @@ class PairLoop:
         g = a[text:, :text] @ weights
         if self.both_regions:
             g = (g + weights @ a[:text, text:]) / 2
-        g = g.view(self.length, -1)
+        g = g.view(self.length // (self.model.config.patch_size_t or 1), -1)
         inside = []
         for frame in g:
             inside.append((frame - frame.min()) / (frame.max() - frame.min() + 1e-6) >= 0.3)

@@ -10,7 +10,7 @@ from control.adapter import Loop
 from control.denoise import State, denoise
 from control.schedule import dynamic_guidance
 from ditctrl import MultiPrompt, Segments, Window, share_previous
-from ditctrl.sharing import Chunks, layer_passes, reference_passes
+from ditctrl.sharing import Chunks, layer_passes, reference_passes, shared_where
 from probe.errors import UsageError
 from tests import tiny
 from tests.ditctrl.pair_loop import PairLoop
@@ -33,7 +33,9 @@ class Both:
         self.window = Window.scaled(STEPS, 3) if window == "scaled" else window
         self.prompts = PROMPTS[:prompts]
         self.text = self.loop.encode(self.prompts)
-        self.traced = probe.trace(pipe, *([share_previous(self.segments, self.window)] if self.window else []))
+        self.traced = probe.trace(
+            pipe, *([share_previous(self.segments, where=shared_where(self.window))] if self.window else [])
+        )
         self.oracle = PairLoop(
             pipe.transformer,
             self.text,
@@ -139,7 +141,7 @@ def test_recording_changes_no_bit_of_the_method(pipe):
     start = State.start(both.loop, 1, both.segments.frames, torch.float64)
     plain = both.run(lambda clock: denoise(both.loop, both.method(clock), start))
     maps, mass = probe.WordMaps("cat", "dog"), probe.RegionMass()
-    both.traced = probe.trace(pipe, share_previous(both.segments, both.window), maps, mass)
+    both.traced = probe.trace(pipe, share_previous(both.segments, where=shared_where(both.window)), maps, mass)
     again = both.run(lambda clock: denoise(both.loop, both.method(clock), start))
     assert torch.equal(plain.latents, again.latents)
     seen = {(b.segment, b.role): words for b, words in maps.words_of.items()}
@@ -203,7 +205,7 @@ def test_layer_passes_beside_the_pair_loop_at_full_size(prompts, share):
 @pytest.mark.parametrize("chunks", [Chunks(1), Chunks(3), Chunks(2, device="cpu"), Chunks(2, again=True), Chunks(9)])
 def test_segments_in_chunks_equal_the_pair_loop(pipe, chunks):
     both = Both(pipe, 2, 2, 2)
-    share = share_previous(both.segments, both.window, device=chunks.device)
+    share = share_previous(both.segments, device=chunks.device, where=shared_where(both.window))
     both.traced = probe.trace(pipe, share)
     x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
     outputs = both.run(lambda clock: [replace(both.method(clock), chunks=chunks)(x, step) for step in range(STEPS)])

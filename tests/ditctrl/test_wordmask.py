@@ -7,19 +7,30 @@ import torch
 
 import probe
 from ditctrl.objects import OfPrompts, OfSegments, pairs
-from ditctrl.sharing import Chunks, share_previous, shared_where
+from ditctrl.sharing import Chunks, Window, share_previous, shared_where
 from ditctrl.wordmask import WordMasks, keep_apart, normalised, up_to
 from probe.errors import UsageError, WordError
 from probe.site import Branch, Where
 from tests import tiny
 from tests.ditctrl.test_method import STEPS, Both
+from tests.toys import cogvideox
 
+KINDS = ["2B", "5B", "1.5"]  # sincos, rotary, and a token frame of two latent frames
 CAT, RED, DOG, THIRD = 2, 1, 2, 1  # places of the words in the three prompts
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sincos", "rotary"])
+@pytest.fixture(scope="module", params=[{}, {"rotary": True}, {"rotary": True, "patch_size_t": 2}], ids=KINDS)
 def pipe(request):
-    return tiny.pipeline(rotary=request.param, dtype=torch.float64)
+    made = cogvideox.pipeline(**request.param, layers=3)
+    for part in (made.transformer, made.text_encoder):
+        torch.nn.Module.to(part, torch.float64)
+    return made
+
+
+def drawn(both):
+    config, seed = both.loop.config, torch.Generator().manual_seed(0)
+    size = (1, both.segments.frames, 4, config.sample_height, config.sample_width)
+    return torch.randn(size, dtype=torch.float64, generator=seed)
 
 
 def column(*weighted):
@@ -36,10 +47,10 @@ def masked(both, phrases, chunks=None, region="vt"):
     both.traced = probe.trace(
         both.loop.pipe,
         masks,
-        share_previous(both.segments, both.window),
+        share_previous(both.segments, where=shared_where(both.window)),
         keep_apart(masks, shared_where(both.window)),
     )
-    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = drawn(both)
     chunks = chunks or Chunks()
     return x, both.run(lambda clock: [replace(both.method(clock), chunks=chunks)(x, step) for step in range(STEPS)])
 
@@ -94,9 +105,12 @@ def test_masks_are_made_of_the_layers_up_to_this_one_in_steps_that_share(pipe):
 
     masks = Noted(OfSegments(both.segments, (("cat", "dog"),)), Where(steps=both.window.steps, layers=up_to([2])))
     both.traced = probe.trace(
-        pipe, masks, share_previous(both.segments, both.window), keep_apart(masks, shared_where(both.window))
+        pipe,
+        masks,
+        share_previous(both.segments, where=shared_where(both.window)),
+        keep_apart(masks, shared_where(both.window)),
     )
-    x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
+    x = drawn(both)
     both.run(lambda clock: [both.method(clock)(x, step) for step in range(STEPS)])
     assert seen == [(step, layer) for step in (0, 1) for layer in range(3)]
 
@@ -131,3 +145,12 @@ def test_what_cannot_be_is_refused(pipe):
         OfSegments(both.segments, (("cat", "dog"),))
     with pytest.raises(WordError, match="horse"):
         masked(both, (("cat", "horse"), ("dog", "cat")))
+
+
+def test_a_source_that_is_evaluated_again_begins_its_masks_anew(pipe):
+    both = Both(pipe, 2, 1, 2, window=Window(range(0, 2), range(1, 3)))
+    both.oracle.columns = [
+        (column((CAT, 1)), column((CAT, 0.5), (DOG, 0.5))),
+        (column((CAT, 0.5), (DOG, 0.5)), column((DOG, 1))),
+    ]
+    agrees(both, *masked(both, (("cat", "dog"),), Chunks(1, again=True)))

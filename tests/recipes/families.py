@@ -1,15 +1,16 @@
 """What every shipped recipe does on the families that run through their stock pipeline: real classes, random weights,
 as many layers and heads, as large a grid and the same words as the miniature, four steps.
 
-    python -m tests.recipes.families
+    python -m tests.recipes.families [RECIPE...]
 
-writes what was seen to `data/families.json`, of which the README's table is made.
+writes what was seen to `data/families.json`, of which the README's table is made; of all recipes, or of some.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -97,18 +98,20 @@ def _latents(name: str, family: str, folder: Path, pipe: Any, more: dict[str, An
     return job, made[0]
 
 
-def main() -> None:
-    """Run all and write what was seen."""
+def main(names: list[str]) -> None:
+    """Run recipes and write what was seen; of others what is there stays."""
     warnings.filterwarnings("ignore", "In CPU autocast")
     logging.disable(logging.WARNING)
-    seen: dict[str, dict[str, str]] = {name: {} for name in parse.names()}
+    before = json.loads(FAMILIES.read_text(encoding="utf-8")) if names else {}
+    seen: dict[str, dict[str, str]] = {name: {} for name in names or parse.names()}
     for family in CALLS:
         with tempfile.TemporaryDirectory() as folder:
             pipe = pipeline(family, Path(folder))
             for name in tqdm(seen, desc=family):
                 seen[name][family] = outcome(name, family, Path(folder), pipe)
-    FAMILIES.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+    whole = {name: {**before, **seen}[name] for name in parse.names()}
+    FAMILIES.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -79,3 +79,18 @@ def test_a_target_is_met_or_missed():
 )
 def test_a_wrong_request_gets_one_sentence(capsys, arguments, sentence):
     assert sentence in refused(capsys, arguments, 2)
+
+
+def test_a_story_beside_the_authors_schedule(capsys):
+    main_ok(
+        ["bench", "ditctrl", "--size", "tiny", "--layers", "3", "--prompts", "2", "--rounds", "1", "--format", "json"]
+    )
+    found = json.loads(capsys.readouterr().out)["ways"]
+    nine, six = ([row for row in found if row["segments"] == count] for count in (4, 3))
+    assert [row["way"] for row in nine] == ["2 clips", "pairs", "ours", "pairs+mask", "ours+mask"]
+    assert [row["passes"] for row in nine][:3] == [600, 1800, 23 * (2 * (2 * 4 + 6)) + 27 * 24]
+    assert len(six) == 5
+    for row in found:
+        assert row["seconds a step"] > 0
+        assert row["difference"] is None or row["difference"] < 1e-4, row
+    assert sum(row["difference"] is not None for row in found) == 4

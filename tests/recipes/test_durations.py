@@ -66,7 +66,7 @@ def test_the_dry_run_says_what_was_rounded(capsys):
     [
         (["segments.durations=[4, 6, 2]"], "one positive number for each of the 2 prompts. Got"),
         (["segments.durations=[4, -6]"], "greater than 0"),
-        (["segments.durations=[4, 6]", "segments.middle=1"], "must have either middle or durations"),
+        (["segments.durations=[4, 6]", "segments.middle=1"], "must have one of middle, times, durations and isolated"),
         (["prompts=['[0:00-0:04] a red circle', 'a blue square']"], "Either all prompts must have times or none"),
         (["prompts=['[0:00-0:04] a red circle', '[0:05-0:06] a blue square']"], "must follow each other"),
         (

@@ -16,9 +16,9 @@ CALLS_PER_STEP = LAYERS
 VARIANTS = {"rotary": {"rotary": True}, "1.5": {"rotary": True, "patch_size_t": 2}}
 
 
-def pipeline(rotary: bool = False, patch_size_t: int | None = None) -> Any:
+def pipeline(rotary: bool = False, patch_size_t: int | None = None, layers: int = LAYERS) -> Any:
     """12 text tokens; 3 token frames of 4 x 4 patches, or 2 of 4 x 6 and `patch_size_t` latent frames each."""
-    pipe = tiny.pipeline(rotary, LAYERS)
+    pipe = tiny.pipeline(rotary, layers)
     if patch_size_t:
         torch.manual_seed(1)
         config: Any = pipe.transformer.config

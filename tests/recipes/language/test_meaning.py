@@ -15,6 +15,7 @@ def load(tmp_path):
 
 
 PREVIOUS = "{op: transfer, source: previous_segment"
+TAKE = "edits: [{op: transfer, source: source, prompts: [target]"
 EDIT = "edits:\n- op: bias\n  amount: 1\n"
 
 
@@ -48,7 +49,12 @@ EDIT = "edits:\n- op: bias\n  amount: 1\n"
         ("edits: [{op: rotate}]", "edits.0 must have either shift or drop"),
         ("edits: [{op: transfer, source: source, tensors: kk}]", "must be some of q, k, v, o, each once. Got 'kk'"),
         ("edits: [{op: transfer, source: sauce}]", "edits.0.source must name a prompt. .* mean source?"),
-        ("edits: [{op: transfer, source: source, steps: auto}]", "auto steps or layers with previous_segment only"),
+        (f"{TAKE}, objects: [cat]}}]", "edits.0.objects must be one phrase, one for each of 2 prompts"),
+        (f"{TAKE}, objects: [[cat, dog]]}}]", "edits.0.objects must be one phrase for each prompt. .* between segments"),
+        (f"{TAKE}, objects: [cat, horse]}}]", "edits.0.objects must have words of prompt target. Got 'horse'"),
+        (f"{TAKE}, objects: {{a: 1}}}}]", "edits.0.objects must be a phrase, a list with one for each prompt"),
+        (f"{TAKE}, objects: cat, tensors: qkv}}]", "edits.0 must have objects with kv of a prompt"),
+        (f"{TAKE}, threshold: 0.2}}]", "edits.0 must have a threshold for objects only"),
         ("edits: [{op: transfer, source: previous_segment}]", "must not be previous_segment without segments"),
         ("edits: [{op: transfer, source: source, prompts: [source]}]", "edits.0.prompts must not be the source itself"),
         ("edits: [{op: transfer, source: {itself: true}}]", "edits.0.source must be with a mapping. Got 'itself'"),
