@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -40,7 +40,7 @@ class MultiPrompt:
     guidance: Callable[[int], float]
     window: Window | None
     clock: Clock
-    chunks: Chunks = Chunks()
+    chunks: Chunks = field(default_factory=Chunks)
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """The guided, blended model output [1, L, C, H, W]."""
