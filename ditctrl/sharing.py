@@ -70,15 +70,18 @@ def previous(segments: Segments) -> Callable[[Branch], Branch | None]:
 
 
 def share_previous(
-    segments: Segments, tensors: str = "kv", device: str | None = None, *, where: Where, **more: Any
+    segments: Segments, tensors: str = "kv", chunks: Chunks | None = None, *, where: Where, **more: Any
 ) -> Transfer:
     """The target role of each segment reads keys and values of the source role of the one before, in both guidance
     halves; `where` is `shared_where` of a window.
 
     The source role is plain attention, so there is no chain within a step (DC:1525-1570, unmasked form). A source of an
-    earlier forward of the step is kept on `device` until it is taken. `more` is passed to the Transfer.
+    earlier forward of the step is kept until it is taken, unless `chunks` evaluate it again. `more` is passed to the
+    Transfer.
     """
-    source = Peer(previous(segments), among=Which(role="source"), once=True, device=device)
+    chunks = chunks or Chunks()
+    kept = None if chunks.again else Which(role="source")
+    source = Peer(previous(segments), among=kept, once=True, device=chunks.device)
     return Transfer(tensors, source=source, where=where, **more)
 
 

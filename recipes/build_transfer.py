@@ -67,7 +67,7 @@ def _previous(edit: spec.Transfer, context: Context) -> Sequence[Handler]:
         raise UsageError("A transfer from previous_segment must be for all prompts and both halves. Leave them out.")
     address = context.address(edit.model_copy(update={"steps": None, "layers": None}))
     address["where"], gate = shared_where(context.window, address["where"].heads), context.area(edit.gate)
-    made = share_previous(context.segments, edit.tensors, context.lent_on, gate=gate, **address)
+    made = share_previous(context.segments, edit.tensors, context.chunks, gate=gate, **address)
     if edit.objects is None:
         return [made]
     objects = OfSegments(context.segments, pairs(context.segments.prompts, edit.objects))

@@ -42,7 +42,7 @@ def interventions(job: Job) -> Program:
             size.rope,
             job.segments,
             job.window,
-            job.chunks.device,
+            job.chunks,
         )
     )
     runs = [_at_step(job, made, step) for step in range(job.steps)]

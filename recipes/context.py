@@ -12,7 +12,7 @@ from control.extract import ExtractMask
 from control.sink import Sinks
 from control.strength import strength_at
 from ditctrl.segment import Segments
-from ditctrl.sharing import Window
+from ditctrl.sharing import Chunks, Window
 from probe import region
 from probe.errors import UsageError
 from probe.layout import TokenLayout
@@ -41,8 +41,7 @@ from recipes.language.span import Only, Span, chosen
 @dataclass(frozen=True)
 class Context:
     """The recipe, the model and the number of steps. `place` is where in the recipe a builder is, for errors; `role`
-    the perturbed pass it is for, None outside of guides. `lent_on` is the device of what segments lend to a later
-    forward. `extra` takes further handlers that edits need, each once: masks and banks.
+    the perturbed pass it is for, None outside of guides. `chunks` is how segments are spread over forwards. `extra` takes further handlers that edits need, each once: masks and banks.
     """
 
     recipe: Recipe
@@ -53,7 +52,7 @@ class Context:
     rope: bool
     segments: Segments | None = None
     window: Window | None = None
-    lent_on: str | None = None
+    chunks: Chunks | None = None
     place: str = "edits"
     role: str | None = None
     extra: list[Handler] = field(default_factory=list)

@@ -155,7 +155,7 @@ class Bench:
 
     def _ours(self, case: Case, latents: Tensor, text: Tensor, masked: bool) -> Callable[[int], Tensor]:
         where = shared_where(case.window)
-        handlers: list[Handler] = [share_previous(case.segments, device=self.chunks.device, where=where)]
+        handlers: list[Handler] = [share_previous(case.segments, chunks=self.chunks, where=where)]
         if masked:
             pairing = OfSegments(case.segments, pairs(case.segments.prompts, WORDS[0]))
             masks = WordMasks(pairing, Where(steps=case.window.steps, layers=up_to(case.window.layers)))

@@ -19,16 +19,19 @@ SCHEMA = "See `mmdit recipes schema`."
 Path = tuple[str | int, ...]
 
 
-def error_of(error: ValidationError, tree: Tree) -> RecipeError:
-    """The first error of a validation, at its place in the tree; a key that is misspelt before one that is missing."""
+def error_of(error: ValidationError, tree: Tree, root: type[BaseModel] = Recipe) -> RecipeError:
+    """The first error of the validation of a `root`, at its place in the tree; a key that is misspelt before one that is
+    missing.
+    """
     first: Mapping[str, Any] = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     kind, context = first["type"], first.get("ctx", {})
     if kind == "meaning":
         return tree.at(*context["path"]).error(first["msg"])
     path = _path(first["loc"], tree, missing=kind == "missing")
-    at, place = tree.at(*path), short(".".join(map(str, path))) or "the recipe"
+    at, place = tree.at(*path), short(".".join(map(str, path))) or f"the {root.__name__.lower()}"
+    hint = SCHEMA if root is Recipe else "Correct it."
     if kind == "extra_forbidden":
-        known = _keys(first["loc"][:-1], tree)
+        known = _keys(first["loc"][:-1], tree, root)
         return at.error(f"every key must be known. Got {place}. {_nearest(path[-1], known, 'Known keys here')}")
     if kind == "missing":
         return at.error(f"{place} must be given. Got nothing. Add it.")
@@ -38,10 +41,10 @@ def error_of(error: ValidationError, tree: Tree) -> RecipeError:
             f"{place}.op must name a known operator. Got {op.value!r}. {_nearest(op.value, known, 'Known')}"
         )
     if kind == "union_tag_not_found":
-        return at.error(f"{place} must be a mapping that names its op. Got {_short(first['input'])}. {SCHEMA}")
+        return at.error(f"{place} must be a mapping that names its op. Got {_short(first['input'])}. {hint}")
     if kind == "package":
         return at.error(f"{place}: {first['msg']}")
-    return at.error(f"{place} {_rule(first['msg'])}. Got {_short(first['input'])}. {_hint(first)}")
+    return at.error(f"{place} {_rule(first['msg'])}. Got {_short(first['input'])}. {_hint(first) or hint}")
 
 
 def _path(location: Sequence[str | int], tree: Tree, missing: bool) -> Path:
@@ -63,16 +66,16 @@ def _rule(message: str) -> str:
 
 
 def _hint(error: Mapping[str, Any]) -> str:
-    """The nearest key or word, where there is one."""
+    """The nearest key or word; nothing where there is none."""
     given = error["input"]
     if error["type"] == "form" and isinstance(given, Mapping):
         words, known = list(given), error["ctx"]["known"] if "ctx" in error else ["op"]
     elif error["type"] == "literal_error" and isinstance(given, str):
         words, known = [given], _quoted(error["ctx"]["expected"])
     else:
-        return SCHEMA
+        return ""
     near = [match for word in words for match in difflib.get_close_matches(str(word), known, 1)]
-    return f"Did you mean {near[0]}?" if near else SCHEMA
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def _nearest(name: object, known: Collection[str], there: str) -> str:
@@ -89,9 +92,9 @@ def _short(value: Any) -> str:
     return said if len(said) <= 80 else f"{said[:77]}..."
 
 
-def _keys(location: Sequence[str | int], tree: Tree) -> list[str]:
+def _keys(location: Sequence[str | int], tree: Tree, root: type[BaseModel]) -> list[str]:
     """The known keys of the mapping at a location, which names keys and, where there are several, forms."""
-    models: list[type[BaseModel]] = [Recipe]
+    models: list[type[BaseModel]] = [root]
     for i, part in enumerate(location):
         if part == "package":
             models = [registry.operator(tree.at(*_path(location[:i], tree, missing=False), "op").value).model]

@@ -39,4 +39,4 @@ def load(kind: type[P], name: str, folder: Path) -> P:
     try:
         return kind.model_validate(tree.plain)
     except ValidationError as error:
-        raise error_of(error, tree) from error
+        raise error_of(error, tree, kind) from error

@@ -205,13 +205,20 @@ def test_layer_passes_beside_the_pair_loop_at_full_size(prompts, share):
 @pytest.mark.parametrize("chunks", [Chunks(1), Chunks(3), Chunks(2, device="cpu"), Chunks(2, again=True), Chunks(9)])
 def test_segments_in_chunks_equal_the_pair_loop(pipe, chunks):
     both = Both(pipe, 2, 2, 2)
-    share = share_previous(both.segments, device=chunks.device, where=shared_where(both.window))
+    share = share_previous(both.segments, chunks=chunks, where=shared_where(both.window))
     both.traced = probe.trace(pipe, share)
     x = torch.randn(1, both.segments.frames, 4, 8, 8, dtype=torch.float64)
-    outputs = both.run(lambda clock: [replace(both.method(clock), chunks=chunks)(x, step) for step in range(STEPS)])
+    lent = []
+
+    def drive(clock):
+        for step in range(STEPS):
+            yield replace(both.method(clock), chunks=chunks)(x, step)
+            lent.append(share._from.bytes)
+
+    outputs = both.run(lambda clock: list(drive(clock)))
     for step, v in enumerate(outputs):
         a = both.loop.scheduler.alphas_cumprod[both.loop.timesteps[step]].double()
         clean = a.sqrt() * x - (1 - a).sqrt() * v
         assert (clean - both.oracle.x0(x, step)).abs().max() < 1e-12 * v.abs().max()
     assert both.traced.passes == sum(layer_passes(both.segments, both.window, STEPS, 3, chunks))
-    assert not share._from._kept
+    assert lent == [0] * STEPS  # what was lent was let go of

@@ -16,7 +16,7 @@ from tests.ditctrl.test_method import STEPS, Both
 from tests.toys import cogvideox
 
 KINDS = ["2B", "5B", "1.5"]  # sincos, rotary, and a token frame of two latent frames
-CAT, RED, DOG, THIRD = 2, 1, 2, 1  # places of the words in the three prompts
+CAT, RED, DOG, SNOW, THIRD = 2, 1, 2, 5, 1  # places of the words in the three prompts
 
 
 @pytest.fixture(scope="module", params=[{}, {"rotary": True}, {"rotary": True, "patch_size_t": 2}], ids=KINDS)
@@ -70,12 +70,12 @@ def agrees(both, x, outputs):
 def test_two_prompts_with_an_object_of_another_name(pipe, chunks, region):
     both = Both(pipe, 2, 2, 2)
     both.oracle.columns = [
-        (column((CAT, 1)), column((CAT, 2 / 3), (DOG, 1 / 3))),
-        (column((CAT, 2 / 3), (DOG, 1 / 3)), column((CAT, 1 / 3), (DOG, 2 / 3))),
-        (column((CAT, 1 / 3), (DOG, 2 / 3)), column((DOG, 1))),
+        (column((CAT, 1)), column((CAT, 2 / 3), (SNOW, 1 / 3))),
+        (column((CAT, 2 / 3), (SNOW, 1 / 3)), column((CAT, 1 / 3), (SNOW, 2 / 3))),
+        (column((CAT, 1 / 3), (SNOW, 2 / 3)), column((SNOW, 1))),
     ]
     both.oracle.both_regions = region == "mean"
-    x, outputs = masked(both, (("cat", "dog"),), chunks, region)
+    x, outputs = masked(both, (("cat", "snow"),), chunks, region)
     agrees(both, x, outputs)
     assert (clean(both, x, outputs[0], 0) - replace(both.oracle, columns=None).x0(x, 0)).abs().max() > 1e-4
 
