@@ -33,10 +33,10 @@ class AttentionCall:
     tensors as the model made them, so that what a source gives does not depend on the order of edits. `layout` is the
     joint sequence; `rows` and `columns` are what this call's queries and keys are, which differ in self and cross
     attention. `stands` are the told branches of each batch entry where one stands for several with the same input, in
-    layers that are computed once for all of them. `changes` are what edits do to the weights, `later` what they ask for when the module, the feed-forward
-    or the block returns. `rope` is how the model rotates q and k, None where it does not. `mask` is the model's own key
-    mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each batch entry may see, always the first ones.
-    `native` says that the model attends through torch's own kernels.
+    layers that are computed once for all of them. `changes` are what edits do to the weights, `later` what they ask for
+    when the module, the feed-forward or the block returns. `rope` is how the model rotates q and k, None where it does
+    not. `mask` is the model's own key mask [B or 1, 1, 1, M], True = may be seen, and `visible` the keys each batch
+    entry may see, always the first ones. `native` says that the model attends through torch's own kernels.
     """
 
     site: Site

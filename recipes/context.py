@@ -41,7 +41,8 @@ from recipes.language.span import Only, Span, chosen
 @dataclass(frozen=True)
 class Context:
     """The recipe, the model and the number of steps. `place` is where in the recipe a builder is, for errors; `role`
-    the perturbed pass it is for, None outside of guides. `chunks` is how segments are spread over forwards. `extra` takes further handlers that edits need, each once: masks and banks.
+    the perturbed pass it is for, None outside of guides. `chunks` is how segments are spread over forwards. `extra`
+    takes further handlers that edits need, each once: masks and banks.
     """
 
     recipe: Recipe

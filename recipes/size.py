@@ -15,8 +15,8 @@ from probe.models.family import Family
 
 @dataclass(frozen=True)
 class Clip:
-    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame, and
-    the latent frames that are not shown (`padding_frames`).
+    """What our own loop must know of a clip: latent frames, pixel frames per latent frame, values of a latent frame,
+    and the latent frames that are not shown (`padding_frames`).
     """
 
     frames: int

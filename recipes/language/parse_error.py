@@ -20,8 +20,8 @@ Path = tuple[str | int, ...]
 
 
 def error_of(error: ValidationError, tree: Tree, root: type[BaseModel] = Recipe) -> RecipeError:
-    """The first error of the validation of a `root`, at its place in the tree; a key that is misspelt before one that is
-    missing.
+    """The first error of the validation of a `root`, at its place in the tree; a key that is misspelt before one that
+    is missing.
     """
     first: Mapping[str, Any] = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     kind, context = first["type"], first.get("ctx", {})
