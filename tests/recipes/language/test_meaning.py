@@ -50,7 +50,7 @@ EDIT = "edits:\n- op: bias\n  amount: 1\n"
         ("edits: [{op: transfer, source: source, tensors: kk}]", "must be some of q, k, v, o, each once. Got 'kk'"),
         ("edits: [{op: transfer, source: sauce}]", "edits.0.source must name a prompt. .* mean source?"),
         (f"{TAKE}, objects: [cat]}}]", "edits.0.objects must be one phrase, one for each of 2 prompts"),
-        (f"{TAKE}, objects: [[cat, dog]]}}]", "edits.0.objects must be one phrase for each prompt. .* between segments"),
+        (f"{TAKE}, objects: [[cat, dog]]}}]", "edits.0.objects must be one phrase for each prompt. .*turns between"),
         (f"{TAKE}, objects: [cat, horse]}}]", "edits.0.objects must have words of prompt target. Got 'horse'"),
         (f"{TAKE}, objects: {{a: 1}}}}]", "edits.0.objects must be a phrase, a list with one for each prompt"),
         (f"{TAKE}, objects: cat, tensors: qkv}}]", "edits.0 must have objects with kv of a prompt"),
