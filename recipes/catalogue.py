@@ -12,6 +12,7 @@ from probe.readout.base import Readout
 from probe.site import Branch
 from recipes import looks
 from recipes.context import Context
+from recipes.inverted import refuse_skipped
 from recipes.job import Job
 from recipes.program import Program, check, program
 
@@ -45,6 +46,8 @@ def interventions(job: Job) -> Program:
             job.chunks,
         )
     )
+    for place, change in made.edits.items():
+        refuse_skipped(change.handlers, job.first_step, job.steps, place)
     runs = [_at_step(job, made, step) for step in range(job.steps)]
     check(made, lambda handlers: plan_of(job, handlers), runs, size.heads)
     return made

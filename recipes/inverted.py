@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,15 +38,16 @@ def reconstruction(loop: Loop, given: Given, text: Tensor, trajectory: Trajector
     return {**near, "forwards": trajectory.forwards}
 
 
-def refuse_skipped(handlers: tuple[Handler, ...], given: Given, steps: int) -> None:
-    """Nothing, if each has a step that a run from a video makes.
+def refuse_skipped(handlers: Sequence[Handler], first: int, steps: int, place: str = "") -> None:
+    """Nothing, if each has a step of those that a run from a video makes, `first` to the last. `place` is where in the
+    recipe they come from.
 
     Raises:
         PlanError: one has none, and would meet nothing.
     """
     for handler in handlers:
-        if max(chosen(handler.where.steps, steps)) < given.step:
+        if max(chosen(handler.where.steps, steps), default=first) < first:
             raise PlanError(
-                f"What acts or looks must have a step that the run makes, {given.step} to {steps - 1} of this video. "
-                f"Got {handler}, which has none. Give it later steps, or lower video.start."
+                f"{place and f'{place}: '}What acts or looks must have a step that the run makes, {first} to "
+                f"{steps - 1} of this video. Got {handler}, which has none. Give it later steps, or lower video.start."
             )

@@ -157,8 +157,7 @@ def opened(job: Job, made: Program, load: Callable[[], Any]) -> Loaded:
     looks = readouts(job)
     traced = trace(loop.pipe, *made.handlers, *looks)
     prompts = traced.tokenize(texts)
-    if job.given is not None:
-        refuse_skipped(traced.handlers, job.given, job.steps)
+    refuse_skipped(traced.handlers, job.first_step, job.steps)
     traced.plan(job.steps, prompts)  # refuses what cannot work before a folder is made
     return Loaded(job, made, loop, traced, looks, prompts, loop.encode(texts), began)
 

@@ -16,11 +16,13 @@ DOORS = {
     "streamlit": ("dashboards/*",),
 }
 
-HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate", "torchmetrics"}
+HEAVY = {"torch", "diffusers", "transformers", "nnsight", "accelerate"}
 """Importing any of these imports torch."""
 
 LIGHT = (
     *(f"probe/{name}.py" for name in ("layout", "region", "site", "store", "film", "measure", "contrast", "mask")),
+    "ditctrl/metric.py",
+    "ditctrl/motion.py",
     "recipes/language/*",
     "recipes/commands/*",
     *(

@@ -11,7 +11,7 @@ from recipes.language import parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TOUR = README.split("## A five-minute tour")[1].split("## Real models on a GPU")[0]
+TOUR = README.split("## A five-minute tour")[1].split("## Longer videos from several prompts")[0]
 
 
 def blocks(language, text=TOUR):

@@ -47,6 +47,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(8, Grid(3, 8, 8), 4),
+    "mini": Shape(34, Grid(13, 6, 10), 4),
     "small": Shape(59, Grid(13, 9, 17), 8),
     "medium": Shape(66, Grid(13, 10, 31), 8),
     "cogvideox-1head": Shape(226, Grid(13, 30, 45), 1),

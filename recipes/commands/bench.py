@@ -27,7 +27,7 @@ Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that count;
 
 @app.command()
 def attention(
-    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    size: Annotated[str, typer.Option(help="tiny, mini, small, medium, cogvideox-2b, .. or hunyuan.")] = "medium",
     device: Device = None,
     dtype: Dtype = None,
     rounds: Rounds = 3,
@@ -63,7 +63,7 @@ def record(
 
 @app.command()
 def rewrite(
-    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-1head, -2b, -5b or hunyuan.")] = "medium",
+    size: Annotated[str, typer.Option(help="tiny, mini, small, medium, cogvideox-2b, .. or hunyuan.")] = "medium",
     device: Device = None,
     dtype: Dtype = None,
     rounds: Rounds = 3,
@@ -82,7 +82,7 @@ def rewrite(
 
 @app.command()
 def ditctrl(
-    size: Annotated[str, typer.Option(help="tiny, small, medium, cogvideox-2b or -5b, with random weights.")] = "small",
+    size: Annotated[str, typer.Option(help="tiny, mini, small, cogvideox-2b or -5b, with random weights.")] = "mini",
     layers: Annotated[int, typer.Option(min=2, help="Layers of the model; CogVideoX-2B has 30.")] = 6,
     prompts: Annotated[int, typer.Option(min=2, max=10, help="Stories of 2, 3, 5 and 10 prompts, up to this.")] = 3,
     segments_per_batch: Annotated[int | None, typer.Option(min=1, help="Segments in one forward; all.")] = None,

@@ -71,8 +71,8 @@ def test_a_target_is_met_or_missed():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["bench", "attention", "--size", "huge"], "must be one of tiny, small, medium"),
-        (["bench", "record", "--size", "huge"], "must be one of tiny, small, medium"),
+        (["bench", "attention", "--size", "huge"], "must be one of tiny, mini, small, medium"),
+        (["bench", "record", "--size", "huge"], "must be one of tiny, mini, small, medium"),
         (["bench", "attention", "--size", "tiny", "--device", "cuda"], "torch sees no GPU"),
         (["bench", "attention", "--size", "tiny", "--rounds", "0"], "--rounds"),
     ],

@@ -326,7 +326,7 @@ def test_an_interrupt_while_a_video_is_inverted_leaves_no_folder(mine, tmp_path,
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        (["edits.0.steps=[0, 1]"], "edits.0 transfer: An edit must be for a pass that the run makes"),
+        (["edits.0.steps=[0, 1]"], "edits.0 transfer: What acts or looks must have a step that the run makes, 1 to 4"),
         (["record.steps=[0, 1]"], "must have a step that the run makes, 1 to 4 of this video. Got WordMaps"),
         (["edits.0.source={stored: {step: 0}}"], "must have a step that the run makes, 1 to 4 of this video. Got Bank"),
     ],
