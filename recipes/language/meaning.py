@@ -5,25 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
 from probe.word import places_of, words_of
 from recipes.language.area import AREA, PLAIN, WordMask, Words
 from recipes.language.guide import Blend, Guide
 from recipes.language.operator import Extend, Operation, Rotate, Shift, Transfer
-from recipes.language.part import PROMPT, Marker, marked
+from recipes.language.part import PROMPT
 from recipes.language.source import PREVIOUS, Itself, Stored
+from recipes.language.walk import Path, marked_names, parts
 
 if TYPE_CHECKING:
     from recipes.language.recipe import Recipe
 
 SOFT = ("gate", "masks")
 """Keys that take soft masks."""
-
-Path = tuple[str | int, ...]
 
 
 def refuse(recipe: Recipe) -> None:
@@ -80,13 +78,13 @@ class _Check:
     def _names(self) -> None:
         """Every prompt and mask that is named is there."""
         prompts = self.recipe.prompt_names
-        for path, name in _marked(self.recipe, PROMPT):
+        for path, name in marked_names(self.recipe, PROMPT):
             if name != PREVIOUS and name not in prompts:
                 _fail(path, "must name a prompt", name, _nearest(name, prompts, "The prompts are"))
             if name == PREVIOUS and self.recipe.segments is None:
                 _fail(path, "must not be previous_segment without segments", name, "Add segments, or name a prompt.")
         masks = (*PLAIN, *self.recipe.masks)
-        for path, name in _marked(self.recipe, AREA):
+        for path, name in marked_names(self.recipe, AREA):
             if name not in masks:
                 _fail(path, "must name an area or a mask", name, _nearest(name, masks, "There are"))
             mask = self.recipe.masks.get(name)
@@ -195,7 +193,7 @@ class _Check:
             return
         if self.recipe.segments is not None:
             _fail(("windows",), "must be without segments", "both", "Leave one of the two out.")
-        for path, name in _marked(self.recipe, PROMPT):
+        for path, name in marked_names(self.recipe, PROMPT):
             if path[-1] in ("source", "from", "to"):
                 _fail(path, "must not be another prompt in a recipe with windows", name, "Leave the windows out.")
 
@@ -222,36 +220,6 @@ class _Check:
             around = [one.prompts for place, one in found if place == path[: len(place)] and one.prompts]
             if isinstance(edit, Operation):
                 yield path, edit, around[-1] if around else self.recipe.prompt_names
-
-
-def parts(value: Any, kind: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """All parts of a kind in a value, with their paths; parts inside of parts as well."""
-    if isinstance(value, kind):
-        yield path, value
-    for key, inner in _inner(value):
-        if not (kind is Words and isinstance(inner, Operation)):  # words belong to the operator they stand in
-            yield from parts(inner, kind, (*path, key))
-
-
-def _inner(value: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(value, BaseModel):
-        for name, field in type(value).model_fields.items():
-            yield field.alias or name, getattr(value, name)
-    elif isinstance(value, dict):
-        yield from value.items()
-    elif isinstance(value, list | tuple):
-        yield from enumerate(value)
-
-
-def _marked(recipe: Recipe, marker: Marker) -> Iterator[tuple[Path, str]]:
-    """The names of areas or prompts in a recipe, with their paths."""
-    for path, part in parts(recipe, BaseModel):
-        for name, field in type(part).model_fields.items():
-            if marked(type(part), name, marker):
-                value, place = getattr(part, name), (*path, field.alias or name)
-                for key, one in enumerate(value) if isinstance(value, list) else [(None, value)]:
-                    if isinstance(one, str):
-                        yield place if key is None else (*place, key), one
 
 
 def _nearest(name: str, known: Collection[str], there: str) -> str:
