@@ -23,7 +23,13 @@ from probe.readout.word import Direction, WordMaps
 from probe.site import JOINT, Branch, Where, Which, chosen
 from probe.word import Prompt
 
-PLAIN = Which(role="plain", guided=True)
+ROLES = ("plain", "source", "target")
+"""Roles of unperturbed branches."""
+
+
+def unperturbed(branch: Branch) -> bool:
+    """Whether it is conditional, and no perturbed pass."""
+    return branch.guided and branch.role in ROLES
 
 
 @dataclass(eq=False)
@@ -86,7 +92,7 @@ class ExtractMask(Found, Handler):
         if self.propagate < 0:
             raise UsageError(f"A map must be propagated 0 times or more. Got {self.propagate}. Take 0 for not at all.")
         self._cut(self._score(torch.zeros(1 + len(self.rivals), 1, 1, 2)))  # settings that do not fit are refused now
-        seen = self.where.branches or PLAIN
+        seen = self.where.branches or unperturbed
         if isinstance(self.source, int):
             mine = Which(prompt=self.source)
             self.where = replace(self.where, branches=lambda branch: mine(branch) and seen(branch))
@@ -129,8 +135,9 @@ class ExtractMask(Found, Handler):
         call.lse()
         for row in rows:
             maps = self.maps(call, row)
-            for branch in call.standing(row) if maps is not None else ():
-                self._tallies.setdefault(_place(branch), Tally()).add(maps, call.site.step)
+            for place in dict.fromkeys(_place(branch) for branch in call.standing(row) if not _twice(call, branch)):
+                if maps is not None:
+                    self._tallies.setdefault(place, Tally()).add(maps, call.site.step)
 
     def inside(self, call: AttentionCall, entry: int, side: Side) -> Tensor:
         """bool, one per row or column; with `soft` weights in the dtype of q.
@@ -243,6 +250,11 @@ class _Outside(Rest):
     def inside(self, call: AttentionCall, entry: int, side: Side) -> Tensor:
         known = self.found.known(call, entry)
         return super().inside(call, entry, side) if known else self.found.inside(call, entry, side)
+
+
+def _twice(call: AttentionCall, branch: Branch) -> bool:
+    """Whether it is a target whose segment is there as a source too: a segment counts once a step."""
+    return branch.role == "target" and call.row_of(replace(branch, role="source")) is not None
 
 
 def _place(branch: Branch) -> Branch:

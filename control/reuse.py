@@ -104,8 +104,7 @@ class Reuse(Edit):
         with torch.no_grad():
             windowed = shadow(call)
             self.window.serve(windowed, rows)
-            known = all(self._place(call, row) in self._cached for row in rows)
-            if known and (call.site.step - self.warm) % self.period:
+            if (call.site.step - self.warm) % self.period and all(self._known(call, row) for row in rows):
                 self._reuse(call, rows, self._attended(windowed))
             else:
                 self._cache(call, rows, self._attended(windowed))
@@ -113,6 +112,11 @@ class Reuse(Edit):
     def treats(self, branch: Branch) -> Hashable:
         """Whether it is selected, and what its window does."""
         return super().treats(branch), self.window.treats(branch)
+
+    def _known(self, call: AttentionCall, row: int) -> bool:
+        """Whether the last full step kept something of an entry; not one of a role that it had before that."""
+        kept = self._cached.get(self._place(call, row))
+        return kept is not None and call.site.step - kept.step < self.period
 
     def _place(self, call: AttentionCall, row: int) -> tuple[int, str, Branch]:
         return call.site.layer, call.site.kind, call.branches[row]

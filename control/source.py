@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,10 @@ class Source(ABC):
         are targets, in a run of `prompts` prompts (0: not known).
         """
         return False
+
+    def treats(self, target: Branch) -> Hashable:
+        """What of it depends on the target's branch, see `Handler.treats`."""
+        return None
 
     def watch(self, call: AttentionCall, ask: Ask, givers: tuple[int, ...], targets: tuple[int, ...]) -> None:  # noqa: B027 (optional)
         """See a call before its targets are served: `givers` are the batch entries that `may_give`."""
@@ -99,6 +103,10 @@ class Peer(Source):
     def branch_of(self, target: Branch) -> Branch | None:
         """The source of a target."""
         return replace(target, prompt=self.of) if isinstance(self.of, int) else self.of(target)
+
+    def treats(self, target: Branch) -> Hashable:
+        """The prompt, or the source that a function gives."""
+        return self.of if isinstance(self.of, int) else self.of(target)
 
     def may_give(self, branch: Branch, aims: Callable[[Branch], bool], prompts: int) -> bool:
         """Whether it is the source of some target."""
@@ -181,11 +189,13 @@ class Stored(Source):
 
     def given(self, call: AttentionCall, entry: int, ask: Ask) -> Given | None:
         """What was kept, on the device of the call."""
-        branch = self._branch(call.branches[entry])
+        branches = [self._branch(told) for told in call.standing(entry)]
+        branch = branches[0]
         if branch is None:
             return None
         step, layer = self._step(call.site.step), call.site.layer if self.layer is None else self.layer
-        found = self.bank.find(step, layer, call.site.kind, branch, call.site.turn)
+        every = (self.bank.find(step, layer, call.site.kind, one, call.site.turn) for one in branches if one)
+        found = next((one for one in every if one is not None), None)
         if found is None:
             there = Site(step, call.site.turn, layer, kind=call.site.kind)
             raise PlanError(
@@ -195,6 +205,10 @@ class Stored(Source):
             )
         tensors = on(call.q, {name: x for name, x in found.tensors.items() if name in ask.names})
         return Recalled(**{**vars(found), "tensors": tensors})
+
+    def treats(self, target: Branch) -> Hashable:
+        """The branch that is taken from: roles are kept apart."""
+        return self._branch(target)
 
     def _branch(self, target: Branch) -> Branch | None:
         if self.branch is None:

@@ -70,11 +70,8 @@ class Taking(Edit):
         super().serve(call, targets)
 
     def treats(self, branch: Branch) -> Hashable:
-        """Whether it is a target, and of what source."""
-        sources = (source.of for source, _ in self._needs if isinstance(source, Peer))
-        if not self._is_target(branch):
-            return False
-        return tuple(of if isinstance(of, int) else of(branch) for of in sources)
+        """Whether it is a target, and of what sources."""
+        return self._is_target(branch) and tuple(source.treats(branch) for source, _ in self._needs)
 
     def met(self, call: AttentionCall, rows: tuple[int, ...]) -> bool:
         """Whether there is a target among the entries, not only sources of later ones."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import floor
 
 from ditctrl.segment import Segments
 from probe.errors import UsageError
@@ -42,7 +43,7 @@ def lasting(segments: Segments, frames: Sequence[float]) -> Segments:
     few = 1 if segments.prompts > 1 else 2
     once = replace(segments, repeats=(few,) * segments.prompts)
     least = [stop - start for start, stop in shown(once)]
-    more = [max(0, round((asked - own) / segments.stride)) for asked, own in zip(frames, least, strict=True)]
+    more = [max(0, floor((asked - own) / segments.stride + 0.5)) for asked, own in zip(frames, least, strict=True)]
     return replace(segments, repeats=tuple(few + one for one in more))
 
 

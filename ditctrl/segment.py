@@ -12,6 +12,10 @@ Variant = Literal["code", "paper"]
 """Where the authors' code and the paper's formulas differ, which one is followed."""
 
 
+MOST = 10_000
+"""Segments of a story at most: days of video."""
+
+
 @dataclass(frozen=True)
 class Segments:
     """n prompts, `length` latent frames per segment, `overlap` of them shared with the next, `transitions`
@@ -24,8 +28,8 @@ class Segments:
     adds it as a source and as a target, or once, as the paper's weights have it.
 
     Raises:
-        UsageError: fewer than two segments, an overlap that leaves no stride, a negative count, or repeats that are
-            not one number above 0 for each prompt.
+        UsageError: fewer than two segments or more than MOST, an overlap that leaves no stride, a negative count, or
+            repeats that are not one number above 0 for each prompt.
     """
 
     prompts: int
@@ -50,6 +54,11 @@ class Segments:
         if self.transitions < 0:
             raise UsageError(
                 f"The number of transition segments must be at least 0. Got {self.transitions}. Take 1 or 2."
+            )
+        if self._asked > MOST:
+            raise UsageError(
+                f"A story must have at most {MOST} segments. Got {self._asked}. Shorten the durations, or take fewer "
+                "transition segments."
             )
         if self.repeats and (len(self.repeats) != self.prompts or min(self.repeats) < 1):
             raise UsageError(
@@ -134,6 +143,11 @@ class Segments:
     def ends(self, segment: int) -> bool:
         """Whether it is the first or the last one."""
         return segment in (0, self.count - 1)
+
+    @property
+    def _asked(self) -> int:
+        """The number of segments, before any is made."""
+        return (sum(self.repeats) if self.repeats else self.prompts) + self.transitions * (self.prompts - 1)
 
     @cached_property
     def _shown(self) -> tuple[tuple[int, float], ...]:

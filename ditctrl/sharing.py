@@ -24,11 +24,12 @@ class Window:
         """The authors' window, steps [2, 25) of 50 and layers [25, 30) of 30 (DC:1404-1405), carried over to K steps
         and L layers.
 
-        [round(K / 25), round(K / 2)) and the last max(1, round(L / 6)): 7 of the 42 layers of CogVideoX-5B, for which
-        the authors give none. The paper's [2, 25] includes its last step.
+        [round(K / 25), round(K / 2)), at least one step, and the last max(1, round(L / 6)): 7 of the 42 layers of
+        CogVideoX-5B, for which the authors give none. The paper's [2, 25] includes its last step.
         """
-        stop = round(steps / 2) + (variant == "paper")
-        return cls(range(round(steps / 25), min(stop, steps)), range(layers - max(1, round(layers / 6)), layers))
+        start = round(steps / 25)
+        stop = max(start + 1, round(steps / 2) + (variant == "paper"))
+        return cls(range(start, min(stop, steps)), range(layers - max(1, round(layers / 6)), layers))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from probe.entry import Entry
 from probe.errors import PlanError
 from probe.layout import TokenLayout
 from probe.plan import Handler, Stage
-from probe.site import JOINT, Branch, Where
+from probe.site import JOINT, Branch, Where, Which
 from probe.word import Prompt
 
 Region = Literal["vt", "mean"]
@@ -57,6 +57,10 @@ class WordMasks(Handler):
     stage: Stage = field(default=Stage.BEFORE, init=False)
     kinds = JOINT
     needs_lse = True
+
+    def __post_init__(self) -> None:
+        if self.where.branches is None:
+            self.where = replace(self.where, branches=Which(guided=True))
 
     def __str__(self) -> str:
         return f"WordMasks({self.region} >= {self.threshold:g})"

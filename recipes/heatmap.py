@@ -69,20 +69,27 @@ def choose(
 
 
 def _starts(run: Run) -> dict[int, int]:
-    """First latent frame of every segment in the whole video."""
-    return {segment: int(run.segment_attrs(segment)["start_frame"]) for segment, _ in run.segments}
+    """First latent frame of every segment among those that the whole video shows; below 0 if that is not shown."""
+    hidden = run.info.get("padding_frames", 0)
+    return {segment: int(run.segment_attrs(segment)["start_frame"]) - hidden for segment, _ in run.segments}
+
+
+def _latent(run: Run, lift: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A map by latent frames, of which a token frame may be several (CogVideoX 1.5)."""
+    return np.repeat(lift, run.info.get("latent_frames_per_token", 1), 0)
 
 
 def _stitch(run: Run, maps: dict[int, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Maps of segments [F, Y, X] laid over each other in the time of the whole video."""
-    starts = _starts(run)
-    frames, *place = next(iter(maps.values())).shape
-    total = np.zeros((max(starts.values()) + frames, *place), np.float32)
+    """Maps of segments [F, Y, X] laid over each other in the time of the whole video, by latent frames."""
+    starts, hidden = _starts(run), run.info.get("padding_frames", 0)
+    frames, *place = _latent(run, next(iter(maps.values()))).shape
+    total = np.zeros((hidden + max(starts.values()) + frames, *place), np.float32)
     count = np.zeros((len(total), 1, 1), np.float32)
     for segment, lift in maps.items():
-        total[starts[segment] : starts[segment] + frames] += lift
-        count[starts[segment] : starts[segment] + frames] += 1
-    return (total / np.maximum(count, 1)).astype(np.float32)
+        inside = slice(hidden + starts[segment], hidden + starts[segment] + frames)
+        total[inside] += _latent(run, lift)
+        count[inside] += 1
+    return (total / np.maximum(count, 1)).astype(np.float32)[hidden:]
 
 
 def summary(picked: Picked) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def _heat(run: Run, picked: Picked, opacity: float = 0.9) -> tuple[film.Frames, 
         return frames, film.overlay(frames, picked.lift, opacity)
     whole, start = _stitch(run, {picked.segment: picked.lift}), _starts(run)[picked.segment]
     tokens = film.frames_of_tokens(len(frames), len(whole))
-    inside = (tokens >= start) & (tokens < start + len(picked.lift))
+    inside = (tokens >= start) & (tokens < start + len(_latent(run, picked.lift)))
     return frames[inside], film.overlay(frames, whole, opacity)[inside]
 
 
@@ -161,9 +168,9 @@ def frames_of_segment(run: Run, segment: int, count: int) -> film.Frames:
     Raises:
         UsageError: the run has no video.
     """
-    frames, starts = _frames(run, segment), _starts(run)
-    tokens = film.frames_of_tokens(len(frames), max(starts.values()) + count) - starts[segment]
-    inside = [np.flatnonzero(tokens == token) for token in range(count)]
+    frames, starts, per = _frames(run, segment), _starts(run), run.info.get("latent_frames_per_token", 1)
+    latent = film.frames_of_tokens(len(frames), max(starts.values()) + count * per) - starts[segment]
+    inside = [np.flatnonzero(latent // per == token) for token in range(count)]
     return frames[[found[len(found) // 2] for found in inside]]
 
 

@@ -149,6 +149,10 @@ def prepare(recipe: Recipe, chunks: Chunks | None = None) -> Job:
     else:
         _refuse_call(recipe, family)
         segments, connected = segments_of(recipe, size.clip)
+        if segments is None and chunks not in (None, Chunks()):
+            raise UsageError(
+                "Segments per batch must be those of a story. Got a recipe without segments. Leave the option out."
+            )
         window, cut = window_of(recipe, steps, size.layers), cut_of(recipe, size.clip.frames)
         job = Job(recipe, size, steps, guidance, segments, window, cut, chunks or Chunks(), connected)
         refuse_steps(job.steps)

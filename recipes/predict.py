@@ -62,8 +62,8 @@ def _shown(job: Job) -> list[str]:
     assert job.segments
     assert job.recipe.segments
     fps, asked = job.recipe.output.fps, job.recipe.segments.durations
-    second = (job.pixel_frames or 0) / job.segments.frames / fps
-    spans = [(start * second, stop * second) for start, stop in shown(job.segments)]
+    assert job.size.clip
+    spans = [[job.size.clip.pixels_before(edge) / fps for edge in span] for span in shown(job.segments)]
     told = [
         f"{name}: {start:.1f} to {stop:.1f} s"
         for name, (start, stop) in zip(job.recipe.prompt_names, spans, strict=True)

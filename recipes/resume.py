@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from control.denoise import State
+from ditctrl.sharing import Chunks
 from probe.errors import StoreError
 from probe.store import Run
 from recipes.language import parse
@@ -48,6 +49,12 @@ def recipe_of(run: Run) -> Recipe:
             f"{run.info.get('error')} Start it anew with another recipe."
         )
     return parse.load(str(run.path / "recipe.yaml"))
+
+
+def chunks_of(run: Run) -> Chunks | None:
+    """How the segments of the stopped run were spread over forwards; None of a run without segments."""
+    kept = run.info.get("chunks")
+    return None if kept is None else Chunks(**kept)
 
 
 def refuse_carried(run: Run, carried: str) -> None:

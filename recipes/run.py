@@ -22,7 +22,7 @@ from probe.recorder import Recorder, refuse_overflow
 from probe.show import finish_video
 from probe.store import Run, RunWriter, refuse_taken
 from recipes import kept, resume, stock
-from recipes.catalogue import interventions
+from recipes.catalogue import interventions, layer_passes
 from recipes.job import Job, prepare
 from recipes.language.recipe import Recipe
 from recipes.loaded import Loaded, opened, out_of_memory
@@ -58,6 +58,11 @@ def placed(device: str | None, offload: bool, segments: int | None = None, neigh
     """
     if neighbours not in ("keep", "offload", "recompute"):
         raise UsageError(f"--neighbours must be keep, offload or recompute. Got {neighbours!r}. Choose one.")
+    if neighbours != "keep" and segments is None:
+        raise UsageError(
+            f"--neighbours must come with --segments-per-batch: one batch has no neighbours. Got {neighbours} without. "
+            "Add --segments-per-batch 2."
+        )
     lent_on = "cpu" if neighbours == "offload" else None
     return Place(device, offload, chunks=Chunks(segments, lent_on, neighbours == "recompute"))
 
@@ -99,7 +104,8 @@ def go_on(folder: Path, quiet: bool = False, place: Place | None = None) -> Run:
     """
     run = Run(folder)
     place = place or Place()
-    job = prepare(resume.recipe_of(run), place.chunks)
+    again = resume.recipe_of(run)
+    job = prepare(again, resume.chunks_of(run) if place.chunks == Chunks() else place.chunks)
     made = interventions(job)
     resume.refuse_carried(run, made.carries)
     loaded = opened(job, made, lambda: _load(job, place))
@@ -114,7 +120,7 @@ def _load(job: Job, place: Place) -> Any:
 
 
 def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> Run:
-    job, loop, recipe = loaded.job, loaded.loop, loaded.job.recipe
+    job, loop, recipe, began = loaded.job, loaded.loop, loaded.job.recipe, state.step
     with _interrupted(writer.folder, _advice(loaded.made, writer.folder)), writer, out_of_memory():
         recorder = Recorder(writer, loaded.prompts, loaded.readouts, job.start_frame if job.joined else None)
         with tqdm(total=job.steps, initial=state.step, desc=recipe.name, unit="step", disable=quiet) as bar:
@@ -125,8 +131,9 @@ def _carry_out(loaded: Loaded, writer: RunWriter, state: State, quiet: bool) -> 
         kept.write(loaded.made, writer.folder)
         loop.close()
         seconds = round(time.perf_counter() - loaded.began, 1)
+        before = sum(layer_passes(job, loaded.made)[job.first_step : began])  # of a run that goes on
         traced = loaded.traced
-        writer.finish("done", seconds=seconds, layer_passes=traced.passes, computed=dict(traced.computed))
+        writer.finish("done", seconds=seconds, layer_passes=before + traced.passes, computed=dict(traced.computed))
     return Run(writer.folder)
 
 

@@ -26,7 +26,15 @@ class Clip:
 
     def pixel_frames(self, frames: int) -> int:
         """Pixel frames of so many latent frames."""
-        return self.compression * (frames - self.padding - 1) + 1
+        return int(self.pixels_before(frames))
+
+    def pixels_before(self, latent: float) -> float:
+        """Pixel frames before a place in latent frames: the first is one of them, each other as many as fit."""
+        return max(0.0, self.compression * (latent - self.padding - 1) + 1)
+
+    def latents_of(self, pixels: float, first: bool) -> float:
+        """Latent frames of so many pixel frames, from the beginning of the video or further on."""
+        return (pixels - 1) / self.compression + 1 + self.padding if first else pixels / self.compression
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def _scaled(recipe: Recipe, clip: Clip) -> Segments:
         raise UsageError(
             f"segments.times must be of a single prompt. Got {count} prompts. Leave it out, or all prompts but one."
         )
+    if asked.middle and count < 3:
+        raise UsageError(
+            f"segments.middle must be of prompts between the first and the last. Got {count} prompts. Say "
+            "segments.durations, or add a prompt."
+        )
     transitions = None if asked.transitions == "auto" else asked.transitions
     if count == 1 and (asked.times or asked.durations):
         between = (2 if asked.variant == "code" else 1) if transitions is None else transitions
@@ -58,7 +63,8 @@ def _lasting(recipe: Recipe, made: Segments, clip: Clip) -> Segments:
     if asked is None or asked.durations is None:
         return made
     unit = recipe.output.fps if asked.unit == "seconds" else 1
-    return lasting(made, [duration * unit / clip.compression for duration in asked.durations])
+    pixels = [duration * unit for duration in asked.durations]
+    return lasting(made, [clip.latents_of(frames, first=not number) for number, frames in enumerate(pixels)])
 
 
 def _isolated(recipe: Recipe) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -22,6 +23,7 @@ def told(job: Job) -> dict[str, Any]:
         **several,
         "seed": recipe.sampler.seed,
         "fps": recipe.output.fps,
+        **(_of_story(job) if job.segments else {}),
     }
 
 
@@ -31,6 +33,14 @@ def text_of(recipe: Recipe) -> str:
         held = recipe.video.model_copy(update={"file": recipe.video.beside})
         recipe = recipe.model_copy(update={"video": held})
     return parse.dump(recipe)
+
+
+def _of_story(job: Job) -> dict[str, Any]:
+    """How its segments were spread over forwards, and what a token frame of its maps is in latent frames."""
+    clip, grid = job.size.clip, job.size.layout.grid
+    assert clip
+    per = -(-clip.frames // grid.frames)
+    return {"chunks": asdict(job.chunks), "latent_frames_per_token": per, "padding_frames": clip.padding}
 
 
 def show(job: Job) -> Show:

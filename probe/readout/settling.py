@@ -43,20 +43,20 @@ class Settling(Compared):
     def begin(self, prompts: Sequence[Prompt], steps: int, layers: int) -> None:
         """Forget the last run."""
         super().begin(prompts, steps, layers)
-        self._before: dict[tuple[Site, Branch], Map] = {}
-        self._last = max(chosen(self.where.steps, steps), default=-1) if steps else -1
+        self._before: dict[tuple[Site, Branch], tuple[int, Map]] = {}
+        self._steps = chosen(self.where.steps, steps) if steps else ()
 
     def end(self) -> None:
         """Let go of the maps that the last step met no more."""
         self._before = {}
 
     def reduce(self, entry: Entry) -> dict[str, Tensor] | None:
-        """measure -> [H, 2]; None in the first step."""
-        place = replace(entry.site, step=0), entry.branch
+        """measure -> [H, 2]; None in the first step, and where a segment had another role in the step before."""
+        place, at = (replace(entry.site, step=0), entry.branch), self._steps.index(entry.site.step)
         before, now = self._before.pop(place, None), map_of(entry, self.keys)
-        if entry.site.step != self._last:
-            self._before[place] = Map(*(x.clone() for x in now))
-        return None if before is None else self._compared(before, now, entry)
+        if at + 1 < len(self._steps):
+            self._before[place] = at, Map(*(x.clone() for x in now))
+        return self._compared(before[1], now, entry) if before is not None and before[0] == at - 1 else None
 
     def _compared(self, before: Map, now: Map, entry: Entry) -> dict[str, Tensor]:
         width = max(before.q.shape[-1], now.q.shape[-1])

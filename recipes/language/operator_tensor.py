@@ -79,6 +79,10 @@ class Transfer(Operation):
                 raise ValueError(f"must have no {name} with previous_segment")
         if self.objects is not None and (not isinstance(self.source, str) or self.tensors != "kv" or moved):
             raise ValueError("must have objects with kv of a prompt or of previous_segment, without a mapping")
+        if self.objects is not None and (self.rows is not None or self.gate is not None or self.strength != 1):
+            raise ValueError("must have objects without rows, gate and strength: all of the keys are shared")
+        if self.source == PREVIOUS and "o" in self.tensors and self.tensors != "o":
+            raise ValueError("must have o by itself with previous_segment")
         if "objects" not in self.model_fields_set and "threshold" in self.model_fields_set:
             raise ValueError("must have a threshold for objects only")
         return self
@@ -88,7 +92,7 @@ class Extend(Operation):
     """Rows look at keys and values of a source as well as at their own."""
 
     op: Literal["extend"] = "extend"
-    source: Source = Field(description="the name of a prompt, previous_segment (DiTCtrl), or a mapping")
+    source: Source = Field(description="the name of a prompt, or a mapping")
     columns: Area = Field(default="video", description="which tokens of the source are added")
     bias: Number = Field(default=0.0, description="added to their logits; log c multiplies their odds by c")
     pool: tuple[Count, Count, Count] | None = Field(

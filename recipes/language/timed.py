@@ -19,7 +19,8 @@ def without_times(given: Any) -> Any:
     """
     segments, prompts = (given.get(key) if isinstance(given, dict) else None for key in ("segments", "prompts"))
     texts = list(prompts.values()) if isinstance(prompts, dict) else prompts
-    if segments is None or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    known = segments is not None and (isinstance(segments, dict) or hasattr(segments, "model_dump"))
+    if not known or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return given
     kept = segments if isinstance(segments, dict) else segments.model_dump()
     try:

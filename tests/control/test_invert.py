@@ -117,7 +117,7 @@ def test_a_video_of_another_size_is_refused(pipe, shape):
 def test_a_prompt_that_follows_is_at_the_video_before_every_step(pipe, guidance):
     loop = Loop(pipe, 5, 0, "ddim")
     text, negative = loop.encode([tiny.PROMPT, tiny.OTHER]), loop.encode(["", ""]) if guidance > 1 else None
-    way = invert(loop, plain(loop, text[:1]), encode(loop, FRAMES), 1)
+    way = invert(loop, plain(loop, text[:1]), encode(loop, FRAMES), 1, 20)
     both, seen = Lockstep(loop, text, negative, lambda _: guidance), []
 
     def predict(latents, step):

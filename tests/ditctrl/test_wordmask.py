@@ -101,6 +101,7 @@ def test_masks_are_made_of_the_layers_up_to_this_one_in_steps_that_share(pipe):
     class Noted(WordMasks):
         def serve(self, call, rows):
             seen.append((call.site.step, call.site.layer))
+            assert all(call.branches[row].guided for row in rows)
             super().serve(call, rows)
 
     masks = Noted(OfSegments(both.segments, (("cat", "dog"),)), Where(steps=both.window.steps, layers=up_to([2])))

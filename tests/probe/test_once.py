@@ -7,7 +7,10 @@ import torch
 
 import control
 import probe
+from control.bank import Bank
+from control.extract import ExtractMask
 from control.skip import Skip
+from control.source import Stored
 from probe.errors import TapError
 from probe.plan import Handler, Stage
 from probe.site import Branch, Where, Which
@@ -109,6 +112,26 @@ def test_the_first_edit_that_tells_them_apart_ends_it(pipe, edit):
     assert (whole - once).abs().max() < 1e-12
     assert not torch.equal(once[1], once[2])
     assert traced.passes == 2 + 3 + 3
+
+
+def test_a_bank_keeps_every_branch_and_gives_it_back(pipe):
+    bank = Bank("qk", Where(layers={0}))
+    moved = control.Transfer("qk", Stored(bank, layer=0), where=Where(layers={2}))
+    whole, _ = forward(pipe, [bank, moved], ())
+    once, traced = forward(pipe, [bank, moved], ALIKE)
+    assert (whole - once).abs().max() < 1e-12
+    assert len(bank) == 3
+    assert traced.passes == 2 + 2 + 3  # what roles take from a bank is kept apart
+
+
+def test_a_mask_of_words_counts_a_segment_once(pipe):
+    expected, found = ExtractMask("cat"), ExtractMask("cat")
+    forward(pipe, [shared_last(), expected], ())
+    forward(pipe, [shared_last(), found], ALIKE)
+    for segment in (0, 1):
+        branch = Branch(segment=segment)
+        assert abs(found.score(branch) - expected.score(branch)).max() < 1e-6
+        assert found._tallies[branch].upto("run")[0] == 3  # one map for each layer, whatever the roles
 
 
 @pytest.mark.parametrize("what", ["block", "attention", "feed_forward"])

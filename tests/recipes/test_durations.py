@@ -27,7 +27,8 @@ def test_durations_are_seconds_or_frames_and_become_whole_segments():
     seconds = prepare(story("segments.durations=[4, 6]")).segments
     assert seconds == prepare(story("segments.durations=[32, 48]", "segments.unit=frames")).segments
     assert seconds == prepare(story("segments.durations=[2, 3]", "output.fps=16")).segments
-    lengths = [(stop - start) * 4 / 8 for start, stop in shown(seconds)]
+    edges = [[max(0, 4 * latent - 3) / 8 for latent in span] for span in shown(seconds)]  # the first is one frame
+    lengths = [stop - start for start, stop in edges]
     assert all(abs(length - want) <= seconds.stride * 4 / 8 / 2 for length, want in zip(lengths, (4, 6), strict=True))
     assert seconds.repeats > (1, 1)
 

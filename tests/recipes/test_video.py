@@ -35,7 +35,7 @@ schema_version: 1
 name: mine
 prompts: {source: a red cat runs left, target: a blue cat runs left}
 sampler: {scheduler: ddim, steps: 5, guidance: 3}
-video: {file: clip.gif}
+video: {file: clip.gif, start: 0.1, iterations: 20}
 edits: [{op: transfer, source: source, prompts: [target], layers: {last: 1}}]
 record: {words: [cat]}
 output: {show: [source, target]}
@@ -79,7 +79,7 @@ def test_a_video_of_the_models_size_comes_as_it_is(tmp_path):
     given = asked(path)
     assert (given.frames == FRAMES[:9, :, :32]).all()
     assert given.data == path.read_bytes()
-    assert (given.name, given.prompt, given.step) == ("clip.gif", 0, 1)
+    assert (given.name, given.prompt, given.step) == ("clip.gif", 0, 3)
     assert asked(path, prompt="target", start=0.5).prompt == 1
 
 
