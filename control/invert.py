@@ -6,8 +6,12 @@ delta = theta_t - theta_t' for the step from t to the less noisy t':
     x_t' = cos(delta) x_t - sin(delta) v(x_t, t)      the sampler
     x_t = (x_t' + sin(delta) v(x_t, t)) / cos(delta)  its inverse, where x_t stands on both sides
 
-Solved by fixed-point iteration from x_t'. One iteration is plain DDIM inversion. It leaves too little noise: nearly all
-of it is added in the last step of the run, the first that is inverted, where v(x_t') says next to nothing of v(x_t).
+Solved by fixed-point iteration from x_t'. One iteration is plain DDIM inversion. It leaves too little noise: most of it
+stems from the last step of the run, the first that is inverted, where v(x_t') says next to nothing of v(x_t).
+
+Measured on drawn clips of the miniature, 25 steps. From 0.1 of the steps on one iteration left noise of spread 0.27
+(many: 1.1), and videos came back at 25.3 dB (many: 28.3, as by the autoencoder alone). From 0.3 on they did so alike,
+and with one iteration a recoloured object stayed more where it was: IoU 0.81 with the given one (20 iterations: 0.52).
 
 Source: DDIM (Song et al. 2020, arXiv 2010.02502), backwards as by Dhariwal and Nichol (2021, arXiv 2105.05233), and
 iterated as in AIDI (Pan et al. 2023, arXiv 2309.04907), without its acceleration and its blended guidance.
@@ -103,7 +107,7 @@ def invert(
     predict: Prediction,
     video: Tensor,
     start: int,
-    iterations: int = 20,
+    iterations: int = 1,
     tolerance: float = TOLERANCE,
     on_step: Callable[[int], object] | None = None,
 ) -> Trajectory:
@@ -154,4 +158,4 @@ def _refuse(loop: Loop, start: int, iterations: int) -> None:
             "1 or a later one."
         )
     if iterations < 1:
-        raise UsageError(f"A step must be inverted in 1 iteration or more. Got {iterations}. Take 20.")
+        raise UsageError(f"A step must be inverted in 1 iteration or more. Got {iterations}. Take 1.")
