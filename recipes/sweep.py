@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from probe.errors import RecipeError, StoreError, UsageError
 from probe.store import Run
 from recipes.language import parse, plan_file
+from recipes.language.folder import text_of
 from recipes.language.part import Name, Part, Text
 from recipes.language.recipe import Recipe
 from recipes.suite import Group, Selection
@@ -176,7 +177,7 @@ def refuse_changed(tasks: Sequence[Task]) -> None:
 
 def _changed(run: Run, recipe: Recipe) -> bool:
     """By text, and by meaning where the language has grown since."""
-    if run.recipe == parse.dump(recipe):
+    if run.recipe == text_of(recipe):
         return False
     try:
         return parse.load(str(run.path)) != recipe

@@ -8,8 +8,7 @@ from typing import Any
 
 from probe.show import Show
 from recipes.job import Job
-from recipes.language import parse
-from recipes.language.recipe import Recipe
+from recipes.language.folder import text_of
 
 
 def told(job: Job) -> dict[str, Any]:
@@ -25,14 +24,6 @@ def told(job: Job) -> dict[str, Any]:
         "fps": recipe.output.fps,
         **(_of_story(job) if job.segments else {}),
     }
-
-
-def text_of(recipe: Recipe) -> str:
-    """A recipe as the folder of its run holds it, beside a copy of the video that it edits."""
-    if recipe.video is not None:
-        held = recipe.video.model_copy(update={"file": recipe.video.beside})
-        recipe = recipe.model_copy(update={"video": held})
-    return parse.dump(recipe)
 
 
 def _of_story(job: Job) -> dict[str, Any]:
