@@ -53,6 +53,9 @@ def record(
     format: Format = "text",
 ) -> None:
     """A whole forward: recording beside plain generation."""
+    from recipes.quiet import quiet_libraries
+
+    quiet_libraries()
     from probe.models.place import place_of
     from recipes.benches.record import methods
 
@@ -93,6 +96,9 @@ def ditctrl(
     format: Format = "text",
 ) -> None:
     """A story beside clips of its prompts and beside the authors' schedule: layer passes, time, memory."""
+    from recipes.quiet import quiet_libraries
+
+    quiet_libraries()
     from ditctrl.sharing import Chunks
     from probe.models.place import place_of
     from recipes.benches import timing
