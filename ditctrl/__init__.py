@@ -4,8 +4,11 @@
     traced = probe.trace(pipe, ditctrl.share_previous(segments, where=ditctrl.shared_where(window)))
     method = ditctrl.MultiPrompt(loop, segments, embeddings, negative, guidance, window, clock)
 
+Mask-guided sharing adds `WordMasks(OfSegments(segments, [("cat", "dog")]), where)` and `keep_apart(masks, where)`.
+
 Sources are given as file and lines of the authors' code (TencentARC/DiTCtrl at f1348b5, folder sat/): SV is
-sample_video.py, SA sgm/modules/diffusionmodules/sampling.py, DC dit_video_concat.py.
+sample_video.py, SA sgm/modules/diffusionmodules/sampling.py, DC dit_video_concat.py, AR arguments.py, INF
+configs/inference.yaml.
 
 Names are imported on first use.
 """
@@ -16,16 +19,31 @@ import lazy_loader
 
 if TYPE_CHECKING:
     from ditctrl.method import MultiPrompt
+    from ditctrl.objects import OfPrompts, OfSegments
     from ditctrl.segment import Segments
-    from ditctrl.sharing import Window, share_previous
+    from ditctrl.sharing import Chunks, Window, share_previous, shared_where
+    from ditctrl.wordmask import WordMasks, keep_apart
 
-__all__ = ["MultiPrompt", "Segments", "Window", "share_previous"]
+__all__ = [
+    "Chunks",
+    "MultiPrompt",
+    "OfPrompts",
+    "OfSegments",
+    "Segments",
+    "Window",
+    "WordMasks",
+    "keep_apart",
+    "share_previous",
+    "shared_where",
+]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "method": ["MultiPrompt"],
+        "objects": ["OfPrompts", "OfSegments"],
         "segment": ["Segments"],
-        "sharing": ["Window", "share_previous"],
+        "sharing": ["Chunks", "Window", "share_previous", "shared_where"],
+        "wordmask": ["WordMasks", "keep_apart"],
     },
 )
