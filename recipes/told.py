@@ -6,6 +6,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from ditctrl.sharing import reference_passes
 from probe.show import Show
 from recipes.job import Job
 from recipes.language.folder import text_of
@@ -27,11 +28,18 @@ def told(job: Job) -> dict[str, Any]:
 
 
 def _of_story(job: Job) -> dict[str, Any]:
-    """How its segments were spread over forwards, and what a token frame of its maps is in latent frames."""
+    """How its segments were spread over forwards, what DiTCtrl's own schedule would take, and what a token frame of its
+    maps is in latent frames.
+    """
     clip, grid = job.size.clip, job.size.layout.grid
     assert clip
-    per = -(-clip.frames // grid.frames)
-    return {"chunks": asdict(job.chunks), "latent_frames_per_token": per, "padding_frames": clip.padding}
+    assert job.segments
+    return {
+        "chunks": asdict(job.chunks),
+        "pair_loop_passes": None if job.connected else reference_passes(job.segments, job.steps, job.size.layers),
+        "latent_frames_per_token": -(-clip.frames // grid.frames),
+        "padding_frames": clip.padding,
+    }
 
 
 def show(job: Job) -> Show:

@@ -80,9 +80,16 @@ def outcome(run: Run) -> dict[str, Any]:
         "steps": f"{len(run.steps)} files in {run.path / 'steps'}",
         "words": list(run.words) or None,
         "reconstruction": _decibels(info.get("reconstruction")),
+        "layer passes": _passes(info),
         "seconds": info.get("seconds"),
         "next": f"mmdit maps {run.path}" if run.words else None,
     }
+
+
+def _passes(info: Mapping[str, Any]) -> str | None:
+    """What a story took beside DiTCtrl's own schedule."""
+    made, reference = info.get("layer_passes"), info.get("pair_loop_passes")
+    return f"{made}, {made / reference:.2f} of the pair loop's" if made and reference else None
 
 
 def _decibels(near: Mapping[str, float] | None) -> str | None:
