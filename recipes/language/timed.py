@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from ditctrl.duration import timed
 from probe.errors import UsageError
+from recipes.language.part import Part
 
 
 def without_times(given: Any) -> Any:
@@ -19,8 +20,7 @@ def without_times(given: Any) -> Any:
     """
     segments, prompts = (given.get(key) if isinstance(given, dict) else None for key in ("segments", "prompts"))
     texts = list(prompts.values()) if isinstance(prompts, dict) else prompts
-    known = segments is not None and (isinstance(segments, dict) or hasattr(segments, "model_dump"))
-    if not known or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(segments, dict | Part) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return given
     kept = segments if isinstance(segments, dict) else segments.model_dump()
     try:
