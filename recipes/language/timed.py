@@ -20,7 +20,9 @@ def without_times(given: Any) -> Any:
     """
     segments, prompts = (given.get(key) if isinstance(given, dict) else None for key in ("segments", "prompts"))
     texts = list(prompts.values()) if isinstance(prompts, dict) else prompts
-    if not isinstance(segments, dict | Part) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(segments, dict | Part) or not isinstance(texts, list):
+        return given
+    if not all(isinstance(text, str) for text in texts):
         return given
     kept = segments if isinstance(segments, dict) else segments.model_dump()
     try:
