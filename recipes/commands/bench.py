@@ -91,7 +91,7 @@ def ditctrl(
     segments_per_batch: Annotated[int | None, typer.Option(min=1, help="Segments in one forward; all.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    rounds: Rounds = 2,
+    rounds: Rounds = 1,
     threads: Threads = 1,
     format: Format = "text",
 ) -> None:
