@@ -258,3 +258,23 @@ def test_a_shadow_does_not_reach_its_call():
     assert copy.changes
     assert call.changes == []
     assert call.out is None
+
+
+def test_what_an_entry_kept_before_it_had_another_role_is_not_reused(pipe):
+    """Full at steps 0 and 3; at step 5 the plain entry was last seen at step 0."""
+    edit, drawn = Reuse(NEAR, period=3, warm=0, drift=0.0, where=Where(branches=Which(guided=True))), []
+    x = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    words = torch.randn(1, tiny.TEXT, 16, generator=torch.Generator().manual_seed(1))
+
+    def forward(step):
+        return pipe.transformer(x * (1 + step), words, torch.full((1,), 500), return_dict=False)[0]
+
+    def drive(clock):
+        for step, role in enumerate(("plain", *["source"] * 4, "plain")):
+            clock.tell(step, 6, [Branch(role=role)])
+            drawn.append(forward(step))
+
+    with torch.no_grad():
+        probe.trace(pipe, edit).run(drive, [tiny.PROMPT])
+        assert not torch.equal(drawn[2], forward(2))  # kept at step 1, when the role was new
+        assert torch.equal(drawn[5], forward(5))
