@@ -61,6 +61,8 @@ def kill_while_it_writes(folder: Path, rng: np.random.Generator) -> Said:
                 writer.process.send_signal(signal.SIGKILL)
                 break
         for line in writer.out:
+            if not line.endswith("\n"):
+                break  # killed in the middle of a word
             word, name, *_ = line.split()
             (said.whole if word == "whole" else said.begun).append(name)
         assert writer.process.wait() == -signal.SIGKILL
