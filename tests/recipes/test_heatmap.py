@@ -8,7 +8,9 @@ import pytest
 
 from probe.store import Run
 from recipes import heatmap
-from tests.recipes.line import main_ok, refused
+from tests import tiny
+from tests.recipes.line import FAST, main_ok, refused
+from tests.toys import cogvideox
 
 
 def test_maps(recorded, tmp_path, capsys):
@@ -82,3 +84,21 @@ def test_reading_a_run_that_is_none(capsys, tmp_path):
 
 def test_reading_an_unknown_word(capsys, recorded):
     assert "zebra" in refused(capsys, ["maps", str(recorded), "--word", "zebra"], 2)
+
+
+def test_maps_of_two_latent_frames_a_token_lie_where_the_video_shows_them(tmp_path):
+    """CogVideoX 1.5: two token frames a segment are four latent frames; the first of the video is not shown."""
+    toy = tmp_path / "toy"
+    cogvideox.pipeline(rotary=True, patch_size_t=2).save_pretrained(toy)
+    prompts = ["-p", tiny.PROMPT, "-p", tiny.PROMPT]
+    sets = ["--set", "segments.overlap=1", "--set", "segments.transitions=0"]
+    main_ok(["run", "ditctrl", "-m", str(toy), *prompts, *FAST, *sets, "--out", str(tmp_path / "run")])
+    run = Run(tmp_path / "run")
+    first, then = (run.word_map("cat", segment=segment) for segment in (0, 1))
+    assert first.shape[0] == 2
+    assert run.segment_attrs(1)["start_frame"] == 3
+    made = heatmap.choose(run, "cat", None, None, None, None, "vt").lift
+    expected = [first[0], first[1], (first[1] + then[0]) / 2, then[0], then[1], then[1]]  # latent frames 1 to 6
+    assert made.shape[0] == 6
+    assert np.allclose(made, expected, atol=1e-6)
+    assert len(heatmap.frames_of_segment(run, 1, 2)) == 2
