@@ -20,16 +20,8 @@ from probe.errors import LayoutError, PlanError, UsageError
 from probe.plan import Handler, Stage
 from probe.readout.base import refuse_unknown
 from probe.readout.word import Direction, WordMaps
-from probe.site import JOINT, Branch, Where, Which, chosen
+from probe.site import JOINT, Branch, Where, Which, chosen, unperturbed
 from probe.word import Prompt
-
-ROLES = ("plain", "source", "target")
-"""Roles of unperturbed branches."""
-
-
-def unperturbed(branch: Branch) -> bool:
-    """Whether it is conditional, and no perturbed pass."""
-    return branch.guided and branch.role in ROLES
 
 
 @dataclass(eq=False)

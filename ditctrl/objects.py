@@ -58,10 +58,7 @@ class OfSegments(Pairing):
 
     def source(self, target: Branch) -> Branch | None:
         """The source role of the segment before."""
-        if target.role != "target":
-            return None
-        prompt, mix = self.segments.condition(target.segment - 1)
-        return replace(target, prompt=prompt, segment=target.segment - 1, role="source", mix=mix)
+        return self.segments.previous_segment(target) if target.role == "target" else None
 
     def said(self, branch: Branch, lends: bool) -> Said:
         """The phrases of the gap between the two segments."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from probe.errors import UsageError
+from probe.site import Branch
 
 Variant = Literal["code", "paper"]
 """Where the authors' code and the paper's formulas differ, which one is followed."""
 
+
+TRANSITIONS: Mapping[Variant, int] = {"code": 2, "paper": 1}
+"""Interpolated segments between two prompts: the default of the code, and the paper's number."""
 
 MOST = 10_000
 """Segments of a story at most: days of video."""
@@ -82,7 +87,7 @@ class Segments:
         (the paper's numbers) or none: round(9 T / 13) and round(6 T / 13).
         """
         if transitions is None:
-            transitions = 2 if variant == "code" else 1
+            transitions = TRANSITIONS[variant]
         share = 9 if transitions >= 2 else 6
         auto = min(round(share * length / 13), length - 1)
         return cls(prompts, length, auto if overlap is None else overlap, transitions, repeats, variant)
@@ -129,6 +134,15 @@ class Segments:
         j.
         """
         return self._shown[segment]
+
+    def branch(self, segment: int, role: str, guided: bool = True) -> Branch:
+        """A segment in a role."""
+        prompt, mix = self.condition(segment)
+        return Branch(prompt, segment, role, guided, mix)
+
+    def previous_segment(self, target: Branch) -> Branch | None:
+        """The source role of the segment before, of the same half of guidance; None for the first."""
+        return self.branch(target.segment - 1, "source", target.guided) if target.segment else None
 
     def own(self, prompt: int) -> int:
         """The first segment that a prompt has to itself."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,15 +60,6 @@ class Turn:
         return tuple(segments.index(segment) for segment in segments)
 
 
-def previous(segments: Segments) -> Callable[[Branch], Branch | None]:
-    """From a target to the source role of the segment before, of the same half of guidance."""
-
-    def previous_segment(branch: Branch) -> Branch | None:
-        return _branch(segments, branch.segment - 1, "source", branch.guided) if branch.segment else None
-
-    return previous_segment
-
-
 def share_previous(
     segments: Segments, tensors: str = "kv", chunks: Chunks | None = None, *, where: Where, **more: Any
 ) -> Transfer:
@@ -82,7 +72,7 @@ def share_previous(
     """
     chunks = chunks or Chunks()
     kept = None if chunks.again else Which(role="source")
-    source = Peer(previous(segments), among=kept, once=True, device=chunks.device)
+    source = Peer(segments.previous_segment, among=kept, once=True, device=chunks.device)
     return Transfer(tensors, source=source, where=where, **more)
 
 
@@ -135,18 +125,13 @@ def _passes(turn: Turn, window: Window | None, layers: int) -> int:
 
 def _roles(segments: Segments, inside: range, again: bool) -> Turn:
     first = inside.start - 1 if again and inside.start else inside.start
-    sources = [_branch(segments, k, "source") for k in range(first, min(inside.stop, segments.count - 1))]
-    targets = [_branch(segments, k, "target") for k in inside if k]
+    sources = [segments.branch(k, "source") for k in range(first, min(inside.stop, segments.count - 1))]
+    targets = [segments.branch(k, "target") for k in inside if k]
     return Turn((*sources, *targets), inside.start - first)
 
 
 def _once(segments: Segments, inside: range) -> Turn:
-    return Turn(tuple(_branch(segments, k, "plain") for k in inside))
-
-
-def _branch(segments: Segments, segment: int, role: str, guided: bool = True) -> Branch:
-    prompt, mix = segments.condition(segment)
-    return Branch(prompt, segment, role, guided, mix)
+    return Turn(tuple(segments.branch(k, "plain") for k in inside))
 
 
 def unconditional(branch: Branch) -> Branch:

@@ -112,9 +112,9 @@ class Afterwards:
         """Hook a model; gives what undoes each hook."""
         for spot in _spots(self.family, model):
             if spot.mixed:
-                yield spot.module.register_forward_pre_hook(_eager(partial(self._takes, spot))).remove
+                yield spot.module.register_forward_pre_hook(eager(partial(self._takes, spot))).remove
             else:
-                yield spot.module.register_forward_hook(_eager(partial(self._returns, spot)), with_kwargs=True).remove
+                yield spot.module.register_forward_hook(eager(partial(self._returns, spot)), with_kwargs=True).remove
 
     def _takes(self, spot: _Spot, module: Any, args: tuple[Tensor, ...]) -> Tensor | None:
         """What the shared projection of a single-stream block goes on with, None as it is."""
@@ -190,7 +190,7 @@ def _spots(family: Family, model: nn.Module) -> Iterator[_Spot]:
         yield _Spot(block, layer, "block", order=tuple(_STREAMS[stream] for stream in family.streams))
 
 
-def _eager(hook: Callable[..., Any]) -> Any:
+def eager(hook: Callable[..., Any]) -> Any:
     """A hook that torch.compile leaves alone."""
     return torch.compiler.disable(hook)
 

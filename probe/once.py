@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probe.block import eager
 from probe.entry import on_device
 from probe.models.family import Family
 from probe.plan import Plan
@@ -56,8 +57,8 @@ class Once:
     """The hooks. `now` is set before each forward."""
 
     def __init__(self, family: Family) -> None:
-        self.family, self.now = family, None
-        self.now: Repeats | None
+        self.family = family
+        self.now: Repeats | None = None
 
     def at(self, layer: int) -> Repeats | None:
         """What a layer leaves out."""
@@ -66,8 +67,8 @@ class Once:
     def listen(self, model: nn.Module) -> Iterator[Callable[[], None]]:
         """Hook a model, after all other hooks on its blocks; gives what undoes each."""
         for layer, (_, block) in enumerate(self.family.blocks(model)):
-            yield block.register_forward_pre_hook(_eager(self._enter(layer)), with_kwargs=True).remove
-            yield block.register_forward_hook(_eager(self._leave(layer))).remove
+            yield block.register_forward_pre_hook(eager(self._enter(layer)), with_kwargs=True).remove
+            yield block.register_forward_hook(eager(self._leave(layer))).remove
 
     def _enter(self, layer: int) -> Callable[..., Any]:
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,8 +97,3 @@ def _some(now: Repeats, given: Any) -> Any:
 
 def _all(now: Repeats, made: Tensor) -> Tensor:
     return made[on_device(now.place, torch.long, made.device)]
-
-
-def _eager(hook: Callable[..., Any]) -> Any:
-    """A hook that torch.compile leaves alone."""
-    return torch.compiler.disable(hook)

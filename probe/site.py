@@ -16,6 +16,9 @@ SPLIT = frozenset({"self", "cross"})
 
 KINDS = ("joint", "double", "single", "self", "cross")
 
+ROLES = ("plain", "source", "target")
+"""Roles of unperturbed branches, which a record keeps; any other is the name of a perturbed pass."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -59,6 +62,11 @@ class Branch:
         half = "conditional" if self.guided else "unconditional"
         copy = f" copy {self.copy}" if self.copy else ""
         return f"{half} prompt {self.prompt} segment {self.segment} {self.role}{copy}"
+
+
+def unperturbed(branch: Branch) -> bool:
+    """Whether it is conditional, and no perturbed pass."""
+    return branch.guided and branch.role in ROLES
 
 
 @dataclass(frozen=True)

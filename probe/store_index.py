@@ -11,8 +11,8 @@ import numpy as np
 
 from probe.errors import UsageError, WordError
 from probe.folder import step_files, step_path
+from probe.site import ROLES
 from probe.store_read import Place, SegmentHead, StepHead, opens, read_head
-from probe.store_record import ROLES
 
 _THINGS = {"": "array", "maps": "map direction", "regions": "region map", "metrics": "metric"}
 

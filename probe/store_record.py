@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from probe.errors import StoreError
-from probe.site import KINDS
+from probe.site import KINDS, ROLES
 
-ROLES = ("plain", "source", "target")
 DIRECTIONS = ("vt", "vt_text", "tv", "mean")
 REGIONS = ("text_text", "spatial", "temporal")
 TOKEN_FIELDS = ("text", "id", "word", "is_pad")

@@ -9,7 +9,7 @@ from control.guide import passes
 from ditctrl import sharing
 from probe.plan import Handler, Plan
 from probe.readout.base import Readout
-from probe.site import Branch
+from probe.site import ROLES, Branch
 from recipes import looks
 from recipes.context import Context
 from recipes.inverted import refuse_skipped
@@ -68,7 +68,7 @@ def _at_step(job: Job, made: Program, step: int) -> list[Branch]:
     found = _conditional(job, made, step)
     if job.guidance <= 1 and job.segments is None and job.size.clip is not None:
         return found
-    plain = [branch for branch in found if branch.role in ("plain", "source", "target")]
+    plain = [branch for branch in found if branch.role in ROLES]
     return [*(replace(branch, guided=False) for branch in plain), *found]
 
 

@@ -12,8 +12,7 @@ from probe.errors import UsageError
 from probe.models.family import Family
 from probe.models.load import card, checkpoints_of
 from probe.show import MAIN
-from probe.site import Branch, Where
-from probe.store_record import ROLES
+from probe.site import Branch, Where, unperturbed
 from recipes.cut import Cut, cut_of
 from recipes.given import Given, given_of
 from recipes.language.part import Auto
@@ -99,7 +98,7 @@ class Job:
         return Where(
             steps=_span(record.steps, self.steps, "record.steps", "steps"),
             layers=_span(record.layers, self.size.layers, "record.layers", "layers"),
-            branches=Unperturbed(),
+            branches=unperturbed,
         )
 
     def region_where(self) -> Where:
@@ -119,14 +118,6 @@ class Job:
             return None
         self.size.layout.frame_slice(frame)  # refuses one that is not there
         return frame
-
-
-@dataclass(frozen=True)
-class Unperturbed:
-    """Conditional branches outside of perturbed passes: those that a record shows."""
-
-    def __call__(self, branch: Branch) -> bool:
-        return branch.guided and branch.role in ROLES
 
 
 def prepare(recipe: Recipe, chunks: Chunks | None = None) -> Job:

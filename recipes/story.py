@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditctrl.duration import lasting
-from ditctrl.segment import Segments
+from ditctrl.segment import TRANSITIONS, Segments
 from ditctrl.sharing import Window
 from probe.errors import UsageError
 from recipes.language.operator import Transfer
@@ -50,7 +50,7 @@ def _scaled(recipe: Recipe, clip: Clip) -> Segments:
         )
     transitions = None if asked.transitions == "auto" else asked.transitions
     if count == 1 and (asked.times or asked.durations):
-        between = (2 if asked.variant == "code" else 1) if transitions is None else transitions
+        between = TRANSITIONS[asked.variant] if transitions is None else transitions
         repeats = Segments.alone(asked.times or 2, between)
     else:
         repeats = ()
